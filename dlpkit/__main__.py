@@ -1,0 +1,3 @@
+from dlpkit.cli import main
+
+main()

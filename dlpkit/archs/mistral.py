@@ -1,0 +1,3 @@
+"""Mistral: Llama's layout, with sliding-window attention in some sizes."""
+
+from dlpkit.archs.llama import ARCH as ARCH

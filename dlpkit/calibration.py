@@ -1,0 +1,187 @@
+"""Token batches -> what each Linear saw, one block at a time. The only forward hooks in the package, and the only place that
+touches a transformers block's signature.
+
+A block's arguments (masks, rotary tables, positions) differ between versions, models and even layers. So the body of the model is
+run once with every block replaced by a stub that records what it is given and passes the hidden states on; the recorded arguments
+are replayed as they came. One block at a time is on the device. Hidden states wait there too while they fit, else on the host.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dlpkit import archs
+from dlpkit.archs import Arch
+
+RESIDENT_SHARE = 0.25  # hidden states stay on the GPU up to this share of its free memory
+KEPT_PER_SHAPE = 8  # distinct block arguments of one shape that are looked for among those already kept
+
+
+@dataclass
+class Stats:
+    """What the input of one Linear looked like over all calibration tokens."""
+
+    tokens: int
+    sq: torch.Tensor  # [K] float32, sum of squares per input feature
+    hessian: torch.Tensor | None = None  # [K, K] float32, sum of x x^T
+
+
+class Stream:
+    """The hidden states of every batch in front of one block, and the means to carry them through it, block by block in order."""
+
+    def __init__(self, model: nn.Module, arch: Arch, batches: list[torch.Tensor], device: torch.device | str):
+        """batches: [B, T] int64 token ids each, without padding."""
+        self.blocks, self.arch, self.device = archs.blocks(model, arch), arch, torch.device(device)
+        self.hidden, self.calls = _record(model, self.blocks, batches, self.device)
+        self.store = _store(self.hidden, self.device)
+        self.hidden = [h.to(self.store) for h in self.hidden]
+
+    def stats(self, index: int, needs: set[str]) -> dict[str, Stats]:
+        """Run every batch through block `index` -> Stats by Linear; Linears that read the same input share one.
+
+        Raises ValueError, naming the Linear, when an input holds NaN or Inf.
+        """
+        block, collected = self.blocks[index], {}
+        with self.on_device(index), _watching(block, self.arch, needs, collected):
+            for batch in range(len(self.hidden)):
+                self._run(index, batch)
+        for name, stats in collected.items():
+            if not torch.isfinite(stats.sq).all():
+                raise ValueError(
+                    f"the inputs of {self.arch.blocks}.{index}.{name} hold NaN or Inf: the model is damaged, "
+                    f"or overflows in {self.hidden[0].dtype}; try another dtype"
+                )
+        return _share(collected, block, self.arch)
+
+    def advance(self, index: int) -> None:
+        """Replace the hidden states in front of block `index` by those behind it."""
+        with self.on_device(index):
+            for batch in range(len(self.hidden)):
+                self.hidden[batch] = self._run(index, batch).to(self.store)
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` on the compute device, and back home after."""
+        block = self.blocks[index]
+        home = next(block.parameters()).device
+        block.to(self.device)
+        try:
+            with torch.no_grad():
+                yield block
+        finally:
+            block.to(home)
+
+    def _run(self, index: int, batch: int) -> torch.Tensor:
+        args, kwargs = self.calls[index][batch]
+        out = self.blocks[index](self.hidden[batch].to(self.device), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def _watching(block: nn.Module, arch: Arch, needs: set[str], collected: dict[str, Stats]) -> Iterator[None]:
+    """Accumulate Stats of the first Linear of every group that shares an input."""
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().flatten(0, -2).float()  # [tokens, K]
+            K = x.shape[1]
+            if name not in collected:
+                hessian = torch.zeros(K, K, device=x.device) if "hessian" in needs else None
+                collected[name] = Stats(0, torch.zeros(K, device=x.device), hessian)
+            stats = collected[name]
+            stats.tokens += x.shape[0]
+            stats.sq += x.square().sum(0)
+            if stats.hessian is not None:
+                stats.hessian.addmm_(x.T, x)
+
+        return hook
+
+    linears = archs.linears(block, arch)
+    handles = [linears[group[0]].register_forward_pre_hook(watch(group[0])) for group in _groups(linears, arch)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _share(collected: dict[str, Stats], block: nn.Module, arch: Arch) -> dict[str, Stats]:
+    return {name: collected[group[0]] for group in _groups(archs.linears(block, arch), arch) for name in group}
+
+
+def _groups(linears: dict[str, nn.Linear], arch: Arch) -> list[list[str]]:
+    present = [[name for name in group if name in linears] for group in arch.groups()]
+    return [group for group in present if group]
+
+
+def _record(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor], device: torch.device):
+    """Hidden states in front of block 0, and the other arguments of every block and batch, these on `device`."""
+    as_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
+    hidden: list[torch.Tensor] = []
+    calls: list[list[tuple]] = [[] for _ in blocks]
+    kept: dict[tuple, list[torch.Tensor]] = {}
+
+    def stub(index: int) -> Callable:
+        def forward(hidden_states: torch.Tensor, *args, **kwargs):
+            if index == 0:
+                hidden.append(hidden_states)
+            calls[index].append(_keep((args, kwargs), kept, device))
+            return (hidden_states,) if as_tuple else hidden_states
+
+        return forward
+
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stub(index)
+        for batch in batches:
+            _run_body(model, batch)
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            del block.forward
+            if forward is not None:  # accelerate had put its own there
+                block.forward = forward
+    return hidden, calls
+
+
+def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor) -> bool:
+    """Whether a block answers with a tuple, as in transformers 4 for some models: asked of block 0 itself."""
+    answer = []
+    handle = blocks[0].register_forward_hook(lambda module, args, output: answer.append(isinstance(output, tuple)))
+    try:
+        _run_body(model, batch)
+    finally:
+        handle.remove()
+    return answer[0]
+
+
+def _run_body(model: nn.Module, batch: torch.Tensor) -> None:
+    with torch.no_grad():
+        model.base_model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+
+
+def _keep(value: object, kept: dict[tuple, list[torch.Tensor]], device: torch.device) -> object:
+    """`value` with its tensors on `device`, equal tensors kept once: windows of one shape have the same masks and tables."""
+    if isinstance(value, torch.Tensor):
+        same = kept.setdefault((value.shape, value.dtype), [])
+        value = value.to(device)
+        for other in same[:KEPT_PER_SHAPE]:
+            if other is value or torch.equal(other, value):
+                return other
+        same.append(value)
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_keep(item, kept, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _keep(item, kept, device) for key, item in value.items()}
+    return value
+
+
+def _store(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if sum(h.nbytes for h in hidden) <= RESIDENT_SHARE * free else torch.device("cpu")

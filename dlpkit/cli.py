@@ -1,0 +1,183 @@
+"""The command line: flags to calls, no logic. Wanda's spellings are accepted beside ours. Usage errors end with exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Prune causal language models, store them smaller, run them faster.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, or smollm2-135m.")]
+Out = Annotated[Path, typer.Argument(help="The folder to write.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default the GPU if there is one.")]
+Runtime = Annotated[
+    str, typer.Option(help="Format that packed weights run in: auto, or one that `dlpkit doctor` names.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Argument(help="The dense model: a folder, a hub id, or smollm2-135m.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="The folder to write.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-C", help="A recipe.yaml; flags beside it win.")] = None,
+    criterion: Annotated[str | None, typer.Option("--criterion", "--prune_method", help="magnitude, wanda, sparsegpt, ria; wanda_dlp sets both halves.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="uniform, dlp, owl, alphapruning: how much each block loses.")] = None,
+    sparsity: Annotated[str | None, typer.Option("--sparsity", "--sparsity_ratio", help="Fraction removed: 0.6, 0.6@256 (equal counts per 256 columns) or 2:4.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="The allocation's own, as name=value: alpha=0.1, strategy=mean.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="One sparsity per block or per linear.")] = None,
+    text: Annotated[str | None, typer.Option(help="Calibration text: builtin, wikitext2, c4, ptb, slimpajama, alpaca, or a .txt, .raw, .jsonl, .jsonl.gz file.")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration windows.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the calibration windows.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Windows per forward pass.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16, float32.")] = None,
+    eval_text: Annotated[str | None, typer.Option("--eval-text", help="Text for perplexity before and after.")] = None,
+    eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="At most so many windows of it; 0 for none.")] = None,
+    dense: Annotated[Path | None, typer.Option("--dense", help="Also write the dense model with its zeros to this folder.")] = None,
+    device: Device = None, runtime: Runtime = "auto", overwrite: Overwrite = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run instead of going on with it.")] = False,
+    model_flag: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
+    sparsity_type: Annotated[str | None, typer.Option("--sparsity_type", hidden=True)] = None,
+    save_model: Annotated[Path | None, typer.Option("--save_model", hidden=True)] = None,
+):  # fmt: skip
+    """Prune MODEL, pack it and write it to OUT, with a report. Interrupted, the same command goes on where it was."""
+    from dlpkit import console, pipeline, recipe, report
+
+    values = recipe.read(config) if config else {}
+    model, out = model or model_flag, out or save_model
+    if config and model and not out:
+        model, out = None, Path(model)  # with a recipe that names the model, the one argument is OUT
+    if not out or not (model or "model" in values):
+        raise typer.BadParameter("wants MODEL and OUT, as in: dlpkit prune smollm2-135m out/pruned --sparsity 0.6")
+    if sparsity_type and sparsity_type != "unstructured":
+        sparsity = sparsity_type
+    flags = {
+        "model": model, "criterion": criterion, "allocation": allocation, "sparsity": sparsity, "granularity": granularity,
+        "text": text, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "batch_size": batch_size, "dtype": dtype,
+        "eval_text": eval_text, "eval_windows": eval_windows,
+    }  # fmt: skip
+    values |= recipe.split_method({key: value for key, value in flags.items() if value is not None})
+    if option:
+        values["options"] = recipe.options(option)
+    with console.progress() as progress:
+        result = pipeline.run(
+            recipe.make(**values),
+            out,
+            dense=dense,
+            device=device,
+            runtime=runtime,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+        )
+    print(
+        f"\n{report.summary_table(result)}\n\n{report.stage_table(result)}\n\nsample: {result['sample']!r}\n\nwritten to {out}, with report.json and README.md"
+    )
+
+
+@app.command()
+def pack(
+    model: Model, out: Out,
+    to: Annotated[str, typer.Option(help="packed, or dense to write the zeros out again.")] = "packed",
+    overwrite: Overwrite = False,
+):  # fmt: skip
+    """Pack a dense model that has zeros, wherever it was pruned, or turn a packed one back."""
+    from dlpkit import pipeline, report
+
+    before, after = pipeline.convert(model, out, to, overwrite)
+    print(f"weights on disk: {report.megabytes(before)} before, {report.megabytes(after)} in {out}")
+
+
+@app.command("eval")
+def evaluate_(
+    model: Model,
+    text: Annotated[str, typer.Option(help="builtin, wikitext2, c4, ptb, or a file.")] = "builtin",
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="At most so many windows.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size")] = 1,
+    device: Device = None, runtime: Runtime = "auto",
+):  # fmt: skip
+    """Perplexity of a dense or packed model, as one JSON line."""
+    from dlpkit import console, pipeline
+
+    with console.progress() as progress:
+        result = pipeline.evaluate_model(model, text, seqlen, windows, batch_size, device, runtime, progress)
+    print(json.dumps({"model": model, **result}))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = None, runtime: Runtime = "auto",
+):  # fmt: skip
+    """Go on from a prompt."""
+    from dlpkit import pipeline
+
+    print(pipeline.generate_text(model, prompt, tokens, temperature, seed, device, runtime))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as one JSON document.")] = False,
+):
+    """What is in a model folder: per-layer sparsity and bytes."""
+    from dlpkit import inspection, report
+
+    found = inspection.inspect(folder)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    if found["packed"]:
+        rows = [
+            (
+                f["name"],
+                f"{f['shape'][0]} x {f['shape'][1]}",
+                f"{f['sparsity']:.4f}",
+                f"{f['bytes']:,}",
+                f"{f['bytes'] / f['dense_bytes']:.1%}",
+            )
+            for f in found["linears"]
+        ]
+        print(report.table(rows, ("packed Linear", "shape", "sparsity", "bytes", "of dense")))
+    total = sum(found["files"].values())
+    print(
+        f"{found['model_type']}, {'packed' if found['packed'] else 'not packed'}, {found['tensors']} tensors, {report.megabytes(total)} in {len(found['files'])} file(s)"
+    )
+
+
+@app.command()
+def doctor():
+    """Versions, device, and which kernels packed weights would run here, with the reason."""
+    from dlpkit import inspection
+
+    for key, value in inspection.doctor().items():
+        print(f"{key}: {value}")
+
+
+def main() -> None:
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        app()
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (OSError, RuntimeError) as error:
+        print(f"Error: {error}. Nothing was left half-written.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Stopped. Finished blocks are kept: the same command goes on after them.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,84 @@
+"""What is in a model folder, and what will run on this machine: read from headers and versions, without loading a model."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dlpkit import report
+from dlpkit.checkpoint import METHOD
+from dlpkit.kernels import dispatch
+
+
+def inspect(folder: str | Path) -> dict:
+    """What a model folder holds, from its config and file headers. linears: name, shape, kept, sparsity, bytes of each packed Linear.
+
+    Raises ValueError when the folder is not a model, or when a file is damaged.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is not a model folder: {error}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors file")
+    headers: dict[str, tuple[list[int], str]] = {}
+    for file in files:
+        headers |= _header(file)
+    packed = (config.get("quantization_config") or {}).get("quant_method") == METHOD
+    modules = config["quantization_config"].get("modules", {}) if packed else {}
+    return {
+        "model_type": config.get("model_type"),
+        "packed": packed,
+        "files": {file.name: file.stat().st_size for file in files},
+        "tensors": len(headers),
+        "linears": [_linear(name, facts, headers) for name, facts in modules.items()],
+    }
+
+
+def doctor() -> dict:
+    """Versions, device, and which format packed weights would run in here, with the reason."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    format, reason = dispatch.choose(torch.zeros(1, 1, device=device))
+    return {**report.versions(), "device": device, "format of packed weights": format, "because": reason}
+
+
+def _header(file: Path) -> dict[str, tuple[list[int], str]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: ((view := tensors.get_slice(name)).get_shape(), view.get_dtype()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged or incomplete: {error}") from error
+
+
+def _linear(name: str, facts: list[int], headers: dict[str, tuple[list[int], str]]) -> dict:
+    try:
+        N, K, nnz = facts
+        expected = {"weight": [nnz], "weight_mask": [N, -(-K // 8)], "weight_offsets": [N + 1]}
+        found = {part: headers[f"{name}.{part}"] for part in expected}
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"config.json names the packed Linear {name}, but its tensors are not all there; the folder is damaged"
+        ) from error
+    if wrong := [part for part in expected if found[part][0] != expected[part]]:
+        raise ValueError(
+            f"{name}.{wrong[0]} has shape {found[wrong[0]][0]}, config.json says {expected[wrong[0]]}; the folder is damaged"
+        )
+    size = sum(_bytes_of(dtype) * math.prod(shape) for shape, dtype in found.values())
+    return {
+        "name": name,
+        "shape": [N, K],
+        "kept": nnz,
+        "sparsity": 1 - nnz / (N * K),
+        "bytes": size,
+        "dense_bytes": N * K * _bytes_of(found["weight"][1]),
+    }
+
+
+def _bytes_of(dtype: str) -> int:
+    """Bytes per element of a safetensors dtype such as BF16, U8 or F8_E4M3."""
+    return int(re.search(r"\d+", dtype)[0]) // 8

@@ -1,0 +1,258 @@
+"""The main job: load, measure, prune, pack, save, load back, measure again, report. An interrupted run goes on where it was."""
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dlpkit import archs, checkpoint, data, evaluate, models, report
+from dlpkit.folders import check_free, new_folder
+from dlpkit.journal import Journal
+from dlpkit.progress import Progress, silent
+from dlpkit.pruning import PruneReport, prune
+from dlpkit.recipe import Recipe
+from dlpkit.sparse import sparse_linears
+
+SAMPLE_PROMPT = "A computer is a machine that"
+SAMPLE_TOKENS = 40
+
+
+def run(
+    recipe: Recipe, out: str | Path,
+    dense: str | Path | None = None, device: str | None = None, runtime: str = "auto",
+    overwrite: bool = False, restart: bool = False, progress: Progress = silent,
+) -> dict:  # fmt: skip
+    """Prune by `recipe` and write the packed folder `out` -> the report, also in `out` as report.json and README.md.
+
+    dense: a second folder for the same model with its zeros written out. runtime: format in which the saved model is loaded back and
+    measured. overwrite: replace `out` and `dense`. restart: forget an interrupted run; without it, finished blocks wait beside `out`
+    and a run with the same recipe goes on after them, to the identical result. Raises ValueError for what cannot be done, before any work.
+    """
+    out, device = Path(out), default_device(device)
+    _check_targets(recipe.model, [out, *([Path(dense)] if dense else [])], overwrite)
+    meter = _Meter()
+    with meter.stage("load"):
+        model, tokenizer = models.load_dense(recipe.model, recipe.dtype), models.load_tokenizer(recipe.model)
+        windows, held_out = _texts(recipe, model, tokenizer)
+    journal = Journal(out.with_name(f"{out.name}.partial"), _journal_key(recipe, windows, model), restart)
+    with meter.stage("evaluate dense"):
+        before = _measure(model, recipe, held_out, device, progress)
+    with meter.stage("prune"):
+        pruned = prune(
+            model, list(windows.split(recipe.batch_size)), recipe.criterion, recipe.sparsity, recipe.allocation,
+            recipe.options, recipe.granularity, device, journal, progress,
+        )  # fmt: skip
+    if dense:
+        with meter.stage("save dense"):
+            checkpoint.save(model, dense, tokenizer, overwrite=overwrite)
+    dense_bytes = _tensor_bytes(model)
+    with new_folder(out, overwrite) as new:
+        with meter.stage("save"):
+            checkpoint.pack(model, "dense")
+            checkpoint.write(model, new, tokenizer)
+            linear_bytes = sum(sparse.stored().nbytes for sparse in sparse_linears(model).values())
+        with meter.stage("load back"):
+            again = checkpoint.load(new, runtime, device)
+            checkpoint.compare(model.to(device), again)
+        del model
+        with meter.stage("evaluate pruned"):
+            after = _measure(again, recipe, held_out, device, progress)
+        with meter.stage("generate"):
+            sample = generate(again, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+        result = {
+            "recipe": recipe.model_dump(),
+            "sparsity": pruned.sparsity,
+            "perplexity": {"before": before, "after": after},
+            "bytes": {
+                "before": dense_bytes,
+                "after": _file_bytes(new),
+                "linears_before": sum(linear.weights for linear in pruned.linears) * again.dtype.itemsize,
+                "linears_after": linear_bytes,
+                "in_memory": again.get_memory_footprint(),
+            },
+            "text": {
+                "calibration": _describe(recipe.text, windows),
+                "evaluation": _describe(recipe.eval_text, held_out),
+            },
+            "sample": sample,
+            "blocks": _by_block(pruned),
+            "linears": [asdict(linear) for linear in pruned.linears],
+            "stages": meter.stages,
+            "prune_seconds": pruned.seconds,
+            "versions": report.versions(),
+        }
+        (new / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (new / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (new / "README.md").write_text(report.model_card(result, out.name), encoding="utf-8")
+    journal.remove()
+    return result
+
+
+def convert(model: str | Path, out: str | Path, to: str = "packed", overwrite: bool = False) -> tuple[int, int]:
+    """Write a dense model with zeros packed, or a packed one dense -> bytes of weights before and after. The input is only read."""
+    if to not in ("packed", "dense"):
+        raise ValueError(f"a model is turned into packed or dense, got {to!r}")
+    _check_targets(str(model), [Path(out)], overwrite)
+    source = checkpoint.load(model, "auto")
+    before = _file_bytes(Path(models.locate(model))) or source.get_memory_footprint()
+    if (to == "packed") == bool(sparse_linears(source)):
+        raise ValueError(f"{model} is {to} already")
+    converted = checkpoint.pack(source, "dense") if to == "packed" else checkpoint.unpack(source)
+    checkpoint.save(converted, out, models.load_tokenizer(model), overwrite=overwrite)
+    return before, _file_bytes(Path(out))
+
+
+def evaluate_model(
+    model: str | Path, text: str = data.BUILTIN, seqlen: int = 2048, windows: int | None = None, batch_size: int = 1,
+    device: str | None = None, runtime: str = "auto", progress: Progress = silent,
+) -> dict:  # fmt: skip
+    """Perplexity of a dense or packed model on a text."""
+    tokens = data.evaluation(models.load_tokenizer(model), text, seqlen, windows)
+    loaded = checkpoint.load(model, runtime, default_device(device))
+    return {
+        "text": text,
+        "fingerprint": data.fingerprint(tokens),
+        **asdict(evaluate.perplexity(loaded, tokens, batch_size, progress)),
+    }
+
+
+def generate_text(
+    model: str | Path, prompt: str, tokens: int = 64, temperature: float = 0.0, seed: int = 0,
+    device: str | None = None, runtime: str = "auto",
+) -> str:  # fmt: skip
+    """The prompt and up to `tokens` more tokens; greedy at temperature 0."""
+    if tokens < 1 or temperature < 0:
+        raise ValueError(
+            f"generation wants at least one token and a temperature of 0 or more, got {tokens} and {temperature}"
+        )
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text to go on from")
+    tokenizer, loaded = models.load_tokenizer(model), checkpoint.load(model, runtime, default_device(device))
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature} if temperature else {}
+    return generate(loaded, tokenizer, prompt, tokens, **how)
+
+
+def generate(model: PreTrainedModel, tokenizer, prompt: str, tokens: int, **how) -> str:
+    """The prompt and up to `tokens` more tokens of text; greedy unless `how`, the options of transformers' generate, says otherwise."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = model.generate(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+        **{"max_new_tokens": tokens, "pad_token_id": pad, "do_sample": False, **how},
+    )  # fmt: skip
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def default_device(device: str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _check_targets(model: str, targets: list[Path], overwrite: bool) -> None:
+    source = Path(model).resolve()
+    for target in targets:
+        check_free(target, overwrite)
+        if target.resolve() == source or target.resolve() in source.parents:
+            raise ValueError(f"{target} holds the input model {model}: write somewhere else")
+    if len({target.resolve() for target in targets}) < len(targets):
+        raise ValueError(f"the packed and the dense model cannot share the folder {targets[0]}")
+
+
+def _texts(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[torch.Tensor, torch.Tensor | None]:
+    longest = getattr(model.config, "max_position_embeddings", recipe.seqlen)
+    if recipe.seqlen > longest:
+        raise ValueError(
+            f"{recipe.model} reads at most {longest} tokens at once, the recipe wants windows of {recipe.seqlen}: use a smaller seqlen"
+        )
+    windows = data.calibration(tokenizer, recipe.text, recipe.nsamples, recipe.seqlen, recipe.seed)
+    if recipe.eval_windows == 0:
+        return windows, None
+    return windows, data.evaluation(tokenizer, recipe.eval_text, recipe.seqlen, recipe.eval_windows)
+
+
+def _journal_key(recipe: Recipe, windows: torch.Tensor, model: PreTrainedModel) -> dict:
+    """What the pruned weights depend on: where and how perplexity is measured is not among it."""
+    key = recipe.model_dump(exclude={"eval_text", "eval_windows"})
+    first = next(archs.model_linears(model, archs.of(model)))[1].weight
+    return {
+        **key,
+        "calibration tokens": data.fingerprint(windows),
+        "first weight": data.fingerprint(first.detach().float()),
+    }
+
+
+@torch.no_grad()
+def _measure(
+    model: nn.Module, recipe: Recipe, windows: torch.Tensor | None, device: torch.device, progress: Progress
+) -> dict | None:
+    if windows is None:
+        return None
+    home = model.get_input_embeddings().weight.device
+    result = evaluate.perplexity(model.to(device), windows, recipe.batch_size, progress)
+    model.to(home)
+    return {"text": recipe.eval_text, **asdict(result)}
+
+
+def _describe(source: str, windows: torch.Tensor | None) -> dict | None:
+    if windows is None:
+        return None
+    return {
+        "source": source,
+        "windows": windows.shape[0],
+        "seqlen": windows.shape[1],
+        "fingerprint": data.fingerprint(windows),
+    }
+
+
+def _tensor_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, tied ones once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _by_block(pruned: PruneReport) -> list[dict]:
+    per_block = pruned.summaries if pruned.granularity == "block" else []
+    rows = []
+    for index in sorted({linear.block for linear in pruned.linears}):
+        linears = [linear for linear in pruned.linears if linear.block == index]
+        rows.append(
+            {
+                "block": index,
+                "sparsity": sum(linear.zeros for linear in linears) / sum(linear.weights for linear in linears),
+                "patterns": sorted({linear.pattern for linear in linears}),
+                "summary": per_block[index] if per_block else None,
+            }
+        )
+    return rows
+
+
+class _Meter:
+    """Seconds and peak memory by stage."""
+
+    def __init__(self):
+        self.stages: list[dict] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        yield
+        self.stages.append(
+            {
+                "stage": name,
+                "seconds": time.perf_counter() - start,
+                "peak_host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_gpu": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            }
+        )

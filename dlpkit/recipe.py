@@ -1,0 +1,100 @@
+"""Everything a pruning run depends on, as one checked value that round-trips through recipe.yaml and the command line."""
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dlpkit import allocation as allocations
+from dlpkit import criteria, data
+from dlpkit.models import DTYPES
+from dlpkit.patterns import Pattern
+from dlpkit.pruning import GRANULARITIES
+
+
+class Recipe(BaseModel):
+    """Unknown keys are errors. `sparsity` takes a pattern too: 0.6, "0.6@256" (equal counts per 256 columns) or "2:4"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    criterion: str = "wanda"
+    sparsity: str = "0.5"
+    allocation: str = "dlp"
+    options: dict[str, float | str] = {}  # of the allocation: alpha, strategy, ...
+    granularity: str = "block"
+    text: str = data.BUILTIN
+    nsamples: int = Field(128, ge=1)
+    seqlen: int = Field(2048, ge=2)
+    seed: int = 0
+    batch_size: int = Field(1, ge=1)
+    dtype: str = "auto"
+    eval_text: str = data.BUILTIN
+    eval_windows: int | None = Field(None, ge=0)  # at most so many windows of seqlen tokens; 0 leaves perplexity out
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _pattern(cls, value: object) -> str:
+        return str(Pattern.parse(value))
+
+    @field_validator("criterion", "allocation", "granularity", "dtype")
+    @classmethod
+    def _known(cls, value: str, info) -> str:
+        known = {
+            "criterion": criteria.names(),
+            "allocation": allocations.names(),
+            "granularity": GRANULARITIES,
+            "dtype": DTYPES,
+        }
+        if value not in known[info.field_name]:
+            raise ValueError(f"unknown name {value!r}: choose one of {', '.join(known[info.field_name])}")
+        return value
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def make(**values) -> Recipe:
+    """A Recipe from keyword arguments. Raises ValueError with one line per wrong value."""
+    if "options" in values and "allocation" in values and values["allocation"] in allocations.names():
+        allocations.split_options(allocations.get(values["allocation"]), values["options"])
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise ValueError("; ".join(lines)) from None
+
+
+def read(path: str | Path) -> dict:
+    """The values that a recipe.yaml sets. Raises ValueError when it is not a mapping of known keys."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should be a YAML mapping such as 'criterion: wanda', found {type(values).__name__}")
+    if unknown := sorted(set(values) - set(Recipe.model_fields)):
+        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}: a recipe has {', '.join(Recipe.model_fields)}")
+    return values
+
+
+def split_method(values: dict) -> dict:
+    """Wanda's way to name both halves at once: criterion "wanda_dlp" -> criterion "wanda", allocation "dlp"."""
+    criterion, _, allocation = values.get("criterion", "").partition("_")
+    if allocation and "allocation" not in values:
+        return {**values, "criterion": criterion, "allocation": allocation}
+    return values
+
+
+def options(pairs: list[str]) -> dict[str, float | str]:
+    """["alpha=0.1", "strategy=mean"] -> {"alpha": 0.1, "strategy": "mean"}."""
+    found: dict[str, float | str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"an option is name=value, as in alpha=0.1, got {pair!r}")
+        found[name] = yaml.safe_load(value)
+    return found
