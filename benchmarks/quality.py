@@ -41,7 +41,7 @@ def main() -> None:
     about = {
         "bench": "quality", "model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "seqlen": args.seqlen,
         "nsamples": args.nsamples, "seed": args.seed, "text": Path(args.text).name, "text_tokens": data.fingerprint(windows),
-        "eval_text": Path(args.eval_text).name, "eval_tokens": data.fingerprint(held_out), "dense_perplexity": dense, **environment(),
+        "eval_text": Path(args.eval_text).name, "eval_tokens": data.fingerprint(held_out), "dense_perplexity": dense, **environment(args.commit),
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a") as out:
@@ -64,15 +64,15 @@ def main() -> None:
             )
 
 
-def environment() -> dict:
+def environment(commit: str | None) -> dict:
     found = report.versions()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    command = " ".join(["python", *sys.argv])
+    if commit is None:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     return {key: found[key] for key in ("gpu", "torch", "triton", "transformers")} | {
         "commit": commit,
-        "command": command,
+        "command": " ".join(["python", *sys.argv]),
     }
 
 
@@ -90,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--commit", help="what to record where there is no git checkout")
     return parser.parse_args()
 
 
