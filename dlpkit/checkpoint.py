@@ -9,6 +9,7 @@ fails loudly instead of returning random layers.
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -161,9 +162,13 @@ def load(
         raise ValueError(
             f"{name} is not packed, so it has no runtime format to choose: pack it first with `dlpkit pack`"
         )
-    return AutoModelForCausalLM.from_pretrained(
-        name, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True
-    ).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, device_map={"": device}, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"a weights file of {name} is damaged or incomplete: {error}") from error
+    return model.eval()
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

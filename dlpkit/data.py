@@ -11,12 +11,13 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 BUILTIN = "builtin"
-EVALUATION_EVERY = 5  # of the built-in text, every fifth topic is kept for evaluation
+EVALUATION_EVERY = 3  # of the built-in text, every third topic is kept for evaluation
 SUFFIXES = (".txt", ".raw", ".jsonl", ".jsonl.gz")
 
 
@@ -138,11 +139,15 @@ def read(source: str, part: str, tokenizer=None) -> Text:
 
 
 def _builtin(part: str) -> Text:
+    """Topics repeat each other's paragraphs, so the evaluation part leaves out those that the calibration part has."""
     from pydoc_data.topics import topics
 
-    wanted = part == "evaluation"
-    chosen = [topics[name] for i, name in enumerate(sorted(topics)) if (i % EVALUATION_EVERY == 0) == wanted]
-    return Text(chosen, "\n\n")
+    ordered = [topics[name].split("\n\n") for name in sorted(topics)]
+    kept_back = dict.fromkeys(chain.from_iterable(ordered[::EVALUATION_EVERY]))
+    calibration = dict.fromkeys(chain.from_iterable(topic for i, topic in enumerate(ordered) if i % EVALUATION_EVERY))
+    if part == "calibration":
+        return Text(list(calibration), "\n\n")
+    return Text([paragraph for paragraph in kept_back if paragraph not in calibration], "\n\n")
 
 
 def _json_lines(path: Path) -> list[str]:

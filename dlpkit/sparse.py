@@ -41,9 +41,11 @@ class SparseLinear(nn.Linear):
         return made
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, format: str) -> "SparseLinear":
+    def from_linear(cls, linear: nn.Linear, format: str = "auto") -> "SparseLinear":
+        """Pack a Linear. Zeros lose their sign: `weight * mask` leaves -0.0, which would be stored as a value."""
         made = cls(linear.in_features, linear.out_features, linear.bias)
-        made._take(formats.get(format).pack(linear.weight.detach()))
+        weight = linear.weight.detach() + 0.0
+        made._take(formats.get(_format(weight, format)[0]).pack(weight))
         return made
 
     @property
@@ -122,7 +124,7 @@ def pack_linears(model: nn.Module, format: str = "auto") -> dict[str, SparseLine
     packed = {}
     for name, linear in archs.model_linears(model, archs.of(model)):
         if not isinstance(linear, SparseLinear):
-            linear = SparseLinear.from_linear(linear, _format(linear.weight, format)[0])
+            linear = SparseLinear.from_linear(linear, format)
             put(model, name, linear)
         packed[name] = linear
     return packed

@@ -1,0 +1,60 @@
+"""The direction of imports: dlpkit.kernels knows nothing above it, and each module of dlpkit only those above it in the list."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = [
+    "progress", "folders", "journal", "patterns", "archs", "models", "data", "calibration", "evaluate", "criteria", "allocation",
+    "pruning", "recipe", "sparse", "checkpoint", "report", "pipeline", "inspection", "console", "cli", "__main__", "__init__",
+]  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the dlpkit modules, one level deep, that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name.split(".")[1] for name in found if name.startswith("dlpkit.")}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "dlpkit").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_only_kernels(path):
+    assert imported(path) <= {"kernels"}
+    assert "transformers" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dlpkit").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_dlpkit_imports_point_up_the_list(path):
+    above = ORDER[: ORDER.index(room(path)) + 1]
+    known = {
+        name
+        for name in imported(path)
+        if (ROOT / "dlpkit" / name).is_dir() or (ROOT / "dlpkit" / f"{name}.py").is_file()
+    }
+    assert known <= set(above)
+
+
+def test_every_module_is_in_the_list():
+    assert {room(path) for path in (ROOT / "dlpkit").rglob("*.py")} == set(ORDER)
+
+
+def test_no_top_level_kernels():
+    """`kernels` is Hugging Face's import name. Looked up outside the checkout, where the folder itself is not on the path."""
+    code = (
+        "import importlib.util, sys; import dlpkit.kernels; sys.exit(importlib.util.find_spec('kernels') is not None)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd="/", check=False).returncode == 0
+    assert importlib.util.find_spec("dlpkit.kernels") is not None
