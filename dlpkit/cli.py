@@ -65,17 +65,15 @@ def prune(
     values |= recipe.split_method({key: value for key, value in flags.items() if value is not None})
     if option:
         values["options"] = recipe.options(option)
-    with console.progress() as progress:
-        result = pipeline.run(
-            recipe.make(**values),
-            out,
-            dense=dense,
-            device=device,
-            runtime=runtime,
-            overwrite=overwrite,
-            restart=restart,
-            progress=progress,
-        )
+    try:
+        with console.progress() as progress:
+            result = pipeline.run(
+                recipe.make(**values), out, dense=dense, device=device, runtime=runtime,
+                overwrite=overwrite, restart=restart, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("Stopped. Finished blocks are kept: the same command goes on after them.", file=sys.stderr)
+        raise typer.Exit(130) from None
     print(
         f"\n{report.summary_table(result)}\n\n{report.stage_table(result)}\n\nsample: {result['sample']!r}\n\nwritten to {out}, with report.json and README.md"
     )
@@ -178,6 +176,3 @@ def main() -> None:
     except (OSError, RuntimeError) as error:
         print(f"Error: {error}. Nothing was left half-written.", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("Stopped. Finished blocks are kept: the same command goes on after them.", file=sys.stderr)
-        sys.exit(130)

@@ -16,7 +16,7 @@ from dlpkit import archs, checkpoint, data, evaluate, models, report
 from dlpkit.folders import check_free, new_folder
 from dlpkit.journal import Journal
 from dlpkit.progress import Progress, silent
-from dlpkit.pruning import PruneReport, prune
+from dlpkit.pruning import PruneReport, check, prune
 from dlpkit.recipe import Recipe
 from dlpkit.sparse import sparse_linears
 
@@ -40,6 +40,7 @@ def run(
     meter = _Meter()
     with meter.stage("load"):
         model, tokenizer = models.load_dense(recipe.model, recipe.dtype), models.load_tokenizer(recipe.model)
+        check(model, recipe.sparsity, recipe.allocation, recipe.options, recipe.granularity)
         windows, held_out = _texts(recipe, model, tokenizer)
     journal = Journal(out.with_name(f"{out.name}.partial"), _journal_key(recipe, windows, model), restart)
     with meter.stage("evaluate dense"):

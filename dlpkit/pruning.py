@@ -15,7 +15,7 @@ from torch import nn
 
 from dlpkit import allocation as allocations
 from dlpkit import archs
-from dlpkit import criteria as criteria_
+from dlpkit import criteria as methods
 from dlpkit.archs import Arch
 from dlpkit.calibration import Stats, Stream
 from dlpkit.journal import Journal
@@ -63,10 +63,10 @@ def prune(
     (alpha, strategy, ...). granularity: one sparsity per "block" or per "linear". device: where one block at a time is computed;
     default the GPU if there is one. Raises ValueError for names, patterns or options that do not fit, before any work.
     """
-    pattern, arch = Pattern.parse(pattern), archs.of(model)
     batches = list(batches.split(1)) if isinstance(batches, torch.Tensor) else batches
-    method, allocator = criteria_.get(criterion), allocations.get(allocation)
-    check(model, arch, pattern, allocator, options or {}, granularity)
+    method, allocator = methods.get(criterion), allocations.get(allocation)
+    check(model, pattern, allocation, options or {}, granularity)
+    pattern, arch = Pattern.parse(pattern), archs.of(model)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = PruneReport(criterion, allocation, str(pattern), granularity)
     with _timed(report, "allocate"):
@@ -78,14 +78,13 @@ def prune(
     return report
 
 
-def check(
-    model: nn.Module, arch: Arch, pattern: Pattern, allocator: ModuleType, options: dict, granularity: str
-) -> None:
+def check(model: nn.Module, pattern: str | float | Pattern, allocation: str, options: dict, granularity: str) -> None:
     """Raise ValueError for a request that the model cannot follow."""
+    pattern = Pattern.parse(pattern)
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity is one sparsity per {' or per '.join(GRANULARITIES)}, got {granularity!r}")
-    allocations.split_options(allocator, options)
-    for name, linear in archs.model_linears(model, arch):
+    allocations.split_options(allocations.get(allocation), options)
+    for name, linear in archs.model_linears(model, archs.of(model)):
         if linear.weight.shape != (linear.out_features, linear.in_features):
             raise ValueError(
                 f"{name} is packed already: prune the dense model, or unpack it first with `dlpkit pack --to dense`"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dlpkit import allocation as allocations
 from dlpkit import criteria, data
@@ -50,14 +50,17 @@ class Recipe(BaseModel):
             raise ValueError(f"unknown name {value!r}: choose one of {', '.join(known[info.field_name])}")
         return value
 
+    @model_validator(mode="after")
+    def _options_fit(self) -> "Recipe":
+        allocations.split_options(allocations.get(self.allocation), self.options)
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 def make(**values) -> Recipe:
     """A Recipe from keyword arguments. Raises ValueError with one line per wrong value."""
-    if "options" in values and "allocation" in values and values["allocation"] in allocations.names():
-        allocations.split_options(allocations.get(values["allocation"]), values["options"])
     try:
         return Recipe(**values)
     except ValidationError as error:

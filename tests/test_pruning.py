@@ -43,7 +43,9 @@ def test_wanda_uniform_is_its_formula_on_the_pruned_prefix(tokens):
     for index in (0, 1):
         seen = {}
         hooks = [
-            linear.register_forward_pre_hook(lambda m, a, name=name: seen.update({name: a[0].flatten(0, -2)}))
+            linear.register_forward_pre_hook(
+                lambda m, a, name=name, seen=seen: seen.update({name: a[0].flatten(0, -2)})
+            )
             for name, linear in archs.linears(other.model.layers[index], archs.of(other)).items()
         ]
         other(tokens)

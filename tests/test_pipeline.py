@@ -1,0 +1,171 @@
+"""The main job on a tiny model, in this process and in ones that are killed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from dlpkit import pipeline, recipe
+
+SMALL = {"nsamples": 4, "seqlen": 32, "eval_windows": 4}
+
+
+@pytest.fixture
+def small(model_folder):
+    return recipe.make(model=str(model_folder), sparsity="0.5", **SMALL)
+
+
+def test_the_main_job(small, model_folder, tmp_path):
+    steps = []
+    result = pipeline.run(
+        small, tmp_path / "out", dense=tmp_path / "dense", progress=lambda stage, done, of: steps.append(stage)
+    )
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "report.json", "README.md"} <= files
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "dense"}  # no journal, no temporary folder
+    assert set(steps) == {"evaluate", "measure", "prune"}
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(result))
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert result["bytes"]["after"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert result["bytes"]["linears_after"] < 0.65 * result["bytes"]["linears_before"]
+    assert result["bytes"]["before"] == pytest.approx((model_folder / "model.safetensors").stat().st_size, rel=0.05)
+    assert result["perplexity"]["before"]["tokens"] == result["perplexity"]["after"]["tokens"] == 4 * 31
+    assert [block["block"] for block in result["blocks"]] == [0, 1, 2]
+    assert all(block["summary"] > 0 for block in result["blocks"])
+    assert recipe.make(**recipe.read(tmp_path / "out" / "recipe.yaml")) == small
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "import dlpkit" in card
+    assert "| prune |" in card
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    prompt = torch.arange(9)[None]
+    assert torch.equal(stock(prompt).logits, packed(prompt).logits)
+
+
+def test_the_same_recipe_gives_the_same_bytes(small, tmp_path):
+    for name in ("a", "b"):
+        pipeline.run(small, tmp_path / name)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    small = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+    return [
+        sys.executable,
+        "-m",
+        "dlpkit",
+        "prune",
+        str(folder),
+        str(out),
+        "--criterion",
+        "sparsegpt",
+        "--sparsity",
+        "0.6",
+        *small,
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_identical_result(how, model_folder, tmp_path):
+    subprocess.run(command(model_folder, tmp_path / "whole"), check=True, capture_output=True)
+    journal = tmp_path / "out.partial"
+    # a block of the journal is a moment in the middle: stop there
+    slow = (
+        "import sys, time; from dlpkit import journal; keep = journal.Journal.keep_block\n"
+        "def slow(self, index, weights):\n    keep(self, index, weights)\n    time.sleep(0 if index < 1 else 60)\n"
+        "journal.Journal.keep_block = slow\nfrom dlpkit.cli import main; sys.argv = ['dlpkit', *sys.argv[1:]]; main()"
+    )
+    arguments = command(model_folder, tmp_path / "out")[3:]
+    process = subprocess.Popen([sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while len(list(journal.glob("block-*.safetensors"))) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=30)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command goes on" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
+    other = subprocess.run(
+        [*command(model_folder, tmp_path / "out"), "--seed", "5"], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 2
+    assert "another calibration tokens, seed" in other.stderr
+    subprocess.run(command(model_folder, tmp_path / "out"), check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(small, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        pipeline.run(small, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]  # its finished blocks
+
+
+def test_input_and_output_are_kept_apart(small, model_folder, tmp_path):
+    for target in (model_folder, model_folder.parent):
+        with pytest.raises(ValueError, match="holds the input model"):
+            pipeline.run(small, target, overwrite=True)
+    with pytest.raises(ValueError, match="cannot share"):
+        pipeline.run(small, tmp_path / "out", dense=tmp_path / "out")
+    assert (model_folder / "model.safetensors").exists()
+
+
+def test_windows_longer_than_the_model_reads(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="at most 256 tokens at once, the recipe wants windows of 512"):
+        pipeline.run(recipe.make(model=str(model_folder), seqlen=512), tmp_path / "out")
+
+
+def test_convert_there_and_back(small, model_folder, tmp_path):
+    pipeline.run(small, tmp_path / "out", dense=tmp_path / "dense")
+    before, after = pipeline.convert(tmp_path / "dense", tmp_path / "packed")
+    assert after < before
+    assert (tmp_path / "packed" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+    pipeline.convert(tmp_path / "packed", tmp_path / "again", to="dense")
+    dense, again = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "again"))
+    assert all(torch.equal(dense[key], again[key]) for key in dense)
+    for source, to in (("packed", "packed"), ("dense", "dense")):
+        with pytest.raises(ValueError, match=f"is {to} already"):
+            pipeline.convert(tmp_path / source, tmp_path / "no", to=to)
+
+
+def test_generate_continues_the_prompt(small, tmp_path):
+    pipeline.run(small, tmp_path / "out")
+    texts = {
+        pipeline.generate_text(tmp_path / "out", "abc", tokens=5, temperature=t, seed=s) for t, s in [(0, 0), (0, 1)]
+    }
+    assert len(texts) == 1
+    assert texts.pop().startswith("abc")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        pipeline.generate_text(tmp_path / "out", "")
+    with pytest.raises(ValueError, match="temperature of 0 or more"):
+        pipeline.generate_text(tmp_path / "out", "abc", temperature=-1)
+
+
+def test_stages_report_time_and_memory(small, tmp_path):
+    stages = pipeline.run(small, tmp_path / "out")["stages"]
+    assert [s["stage"] for s in stages] == [
+        "load",
+        "evaluate dense",
+        "prune",
+        "save",
+        "load back",
+        "evaluate pruned",
+        "generate",
+    ]
+    assert all(s["seconds"] >= 0 and s["peak_host"] > 10**7 for s in stages)
