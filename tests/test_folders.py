@@ -29,9 +29,9 @@ def test_an_old_folder_stays_until_the_new_one_is_whole(tmp_path):
 
     def fail():
         with new_folder(tmp_path / "out", overwrite=True):
-            raise OSError
+            raise OSError("disk")
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="disk"):
         fail()
     assert (tmp_path / "out" / "old").exists()
     with new_folder(tmp_path / "out", overwrite=True) as new:

@@ -17,7 +17,7 @@ def test_tables_are_generated_from_results():
 
 def test_commands_and_files_exist():
     text = (ROOT / "README.md").read_text()
-    commands = {match for match in re.findall(r"^dlpkit (\w+)", text, flags=re.MULTILINE)}
+    commands = set(re.findall(r"^dlpkit (\w+)", text, flags=re.MULTILINE))
     shown = subprocess.run(
         [sys.executable, "-m", "dlpkit", "--help"], capture_output=True, text=True, check=True
     ).stdout
