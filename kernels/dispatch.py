@@ -1,16 +1,66 @@
-"""Which runtime layout a weight gets where it lives, and why."""
+"""Which runtime layout a weight gets where it lives, and why: the dense kernel unless a sparse one was measured to win.
+
+Measured on an H100 (benchmarks/results/h100.jsonl), one row of x, random and Wanda-like masks, against the better of cuBLAS and a
+dense Triton GEMV. Packing is for decoding: past WALK_ROWS rows of x every packed layer is expanded to dense at every call.
+"""
 
 import torch
+
+from dlpkit.kernels.formats import nm
+from dlpkit.kernels.runtime import HAS_TRITON
+
+MEASURED = {(9, 0): "H100"}  # compute capability -> where the table was filled
+DENSEST = 0.5  # share of weights kept up to which a packed kernel won on every layer measured
+SMALLEST = 2**22  # weights; smaller layers are bound by latency, not by bytes
 
 
 def choose(weight: torch.Tensor) -> tuple[str, str]:
     """[N, K] with zeros -> (format, reason in one sentence). Never a format whose kernel does not win on the weight's device."""
-    if weight.device.type != "cuda":
+    runs, reason = available(weight.device)
+    if not runs:
+        return "dense", reason
+    density = float((weight != 0).float().mean()) if weight.numel() else 0.0
+    return choose_for(tuple(weight.shape), weight.dtype, density, _nm(weight))
+
+
+def available(device: torch.device | str) -> tuple[bool, str]:
+    """Whether packed kernels are known to win on a device, and why or why not."""
+    device = torch.device(device)
+    if device.type != "cuda":
         return (
-            "dense",
-            f"no sparse kernel runs on {weight.device.type}: packed weights are decoded to dense, smaller on disk only",
+            False,
+            f"no sparse kernel runs on {device.type}: packed weights are decoded to dense, smaller on disk only",
         )
-    return (
-        "dense",
-        "no sparse kernel is measured on this GPU yet: packed weights are decoded to dense, smaller on disk only",
-    )
+    if not HAS_TRITON:
+        return False, "Triton is not installed: packed weights are decoded to dense, smaller on disk only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in MEASURED:
+        known = ", ".join(MEASURED.values())
+        return (
+            False,
+            f"the sparse kernels are measured on {known} only, not on this GPU: name a format to use one anyway",
+        )
+    return True, f"sparse kernels win here for 16-bit weights from {1 - DENSEST:.0%} sparsity"
+
+
+def choose_for(
+    shape: tuple[int, int], dtype: torch.dtype, density: float, pattern: tuple[int, int] | None
+) -> tuple[str, str]:
+    """The same for a GPU where the kernels were measured, from what matters about a weight; `pattern` is (n, m) if it is N:M sparse."""
+    N, K = shape
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "dense", f"the sparse kernels take 16-bit weights, this one is {str(dtype).removeprefix('torch.')}"
+    if N * K < SMALLEST:
+        return "dense", f"a {N} x {K} weight is too small for a sparse kernel to win"
+    if density > DENSEST + 0.001:
+        return "dense", f"{density:.0%} of the weights are kept, a sparse kernel wins up to {DENSEST:.0%}"
+    if pattern and pattern[0] / pattern[1] <= 1.02 * density:  # full groups: not unstructured by nature
+        return "nm", f"{pattern[0]}:{pattern[1]} sparse"
+    return "sell", f"{1 - density:.0%} sparse without structure"
+
+
+def _nm(weight: torch.Tensor) -> tuple[int, int] | None:
+    try:
+        return nm.infer(weight)
+    except ValueError:
+        return None

@@ -2,9 +2,10 @@ import dataclasses
 
 import pytest
 import torch
-from dlpkit.kernels import storage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dlpkit.kernels import storage
 
 
 def sparse(N, K, density, dtype, seed=0):

@@ -13,8 +13,13 @@ Bits per weight: 9 for 2:4, 4.5 for 1:4, 10 for 4:8 and 8:16.
 from dataclasses import dataclass
 
 import torch
+
 from dlpkit.kernels import tiles
+from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 from dlpkit.kernels.storage import BITS
+
+if HAS_TRITON:
+    from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
 
 CODE_BITS = {4: 2, 8: 4, 16: 4, 32: 8}  # m -> bits of one position
 
@@ -49,10 +54,23 @@ class NM:
         return -(-(-(-self.K // self.m) * self.n) // (self.segments * self.step))
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.dense(), bias)
+        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
+            want = f"x [..., {self.K}] of {self.values.dtype}"
+            raise ValueError(f"nm.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
+        if not self._kernels():
+            return torch.nn.functional.linear(x, unpack_ref(self), bias)
+        y = torch.ops.dlpkit.nm_matmul(x.reshape(-1, self.K), bias, *self._fields())
+        return y.view(*x.shape[:-1], self.N)
 
     def dense(self) -> torch.Tensor:
-        return unpack_ref(self)
+        return torch.ops.dlpkit.nm_dense(*self._fields()) if self._kernels() else unpack_ref(self)
+
+    def _kernels(self) -> bool:
+        return use_triton(self.values) and self.values.element_size() == 2
+
+    def _fields(self) -> tuple:
+        grid = self.N, self.K, self.rows, self.segments
+        return self.values, self.codes, *grid, self.n, self.m, self.step, self.steps
 
 
 def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0) -> NM:
@@ -76,7 +94,7 @@ def infer(weight: torch.Tensor) -> tuple[int, int]:
 def pack_ref(weight: torch.Tensor, n: int, m: int, rows: int = 0, segments: int = 0) -> NM:
     N, K = weight.shape
     if not rows or not segments:
-        rows, segments = tiles.lanes(N, K, n / m)
+        rows, segments = tiles.nm_lanes(N, K, n, m, 32 // CODE_BITS[m])
     packed = NM(weight, weight, N, K, n, m, rows, segments)  # for its sizes
     keep = _groups(weight, m)  # [N, K / m, m]
     position = keep.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[:, :, :n].sort(2).values

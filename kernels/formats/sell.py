@@ -19,8 +19,13 @@ at 50 % sparsity and 23 % at 70 % on masks that are not balanced per block, wher
 from dataclasses import dataclass
 
 import torch
+
 from dlpkit.kernels import tiles
+from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 from dlpkit.kernels.storage import BITS
+
+if HAS_TRITON:
+    from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
 
 FAR = 15  # the largest distance between two slots
 
@@ -47,20 +52,35 @@ class Sell:
         return sum(t.nbytes for t in (self.values, self.gaps, self.bases, self.order, self.pairs, self.steps))
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.nn.functional.linear(x, self.dense(), bias)
+        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
+            want = f"x [..., {self.K}] of {self.values.dtype}"
+            raise ValueError(f"sell.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
+        if not self._kernels():
+            return torch.nn.functional.linear(x, unpack_ref(self), bias)
+        y = torch.ops.dlpkit.sell_matmul(x.reshape(-1, self.K), bias, *self._fields())
+        return y.view(*x.shape[:-1], self.N)
 
     def dense(self) -> torch.Tensor:
-        return unpack_ref(self)
+        return torch.ops.dlpkit.sell_dense(*self._fields()) if self._kernels() else unpack_ref(self)
+
+    def _kernels(self) -> bool:
+        return use_triton(self.values) and self.values.element_size() == 2
+
+    def _fields(self) -> tuple:
+        tensors = self.values, self.gaps, self.bases, self.order, self.pairs, self.steps
+        return *tensors, self.N, self.K, self.rows, self.segments
 
 
-def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0) -> Sell:
+def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | None = None) -> Sell:
     """[N, K] of any float dtype -> Sell on the same device. `rows` and `segments` are powers of two; 0 asks `tiles`."""
     if weight.ndim != 2:
         raise ValueError(f"sell.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
-    return pack_ref(weight.detach().contiguous(), rows, segments)
+    return pack_ref(
+        weight.detach().contiguous(), rows, segments, tiles.slack(weight.shape[1]) if slack is None else slack
+    )
 
 
-def pack_ref(weight: torch.Tensor, rows: int, segments: int) -> Sell:
+def pack_ref(weight: torch.Tensor, rows: int, segments: int, slack: float) -> Sell:
     N, K = weight.shape
     device = weight.device
     keep = weight.view(BITS[weight.element_size()]) != 0  # [N, K]
@@ -69,20 +89,19 @@ def pack_ref(weight: torch.Tensor, rows: int, segments: int) -> Sell:
     R, S, L = rows, segments, rows * segments
 
     row, column, value, length = _slots(weight, keep)  # [slots] each, and [N]
-    first = length.cumsum(0) - length  # [N]
-    at = torch.arange(row.numel(), device=device) - first[row]  # slot within the row
-    segment = ((at + 1) * S - 1) // length[row]
-    at = at - segment * length[row] // S  # slot within the lane
-
-    sorted_length, order = length.sort(descending=True, stable=True)
+    longest, order = length.sort(descending=True, stable=True)
     G = -(-N // R)
     place = torch.empty_like(order)
     place[order] = torch.arange(N, device=device)
     order = torch.nn.functional.pad(order, (0, G * R - N), value=N)
-    lane_pairs = ((sorted_length[::R] + S - 1) // S + 1) // 2  # [G]: the first row of a slice is its longest
+    lane_pairs = torch.ceil(torch.ceil(longest[::R] / S) * (0.5 + slack / 2)).long()  # [G]
     pairs, steps = _starts(lane_pairs), _starts((lane_pairs + 3) // 4)
 
-    lane = segment * R + place[row] % R
+    begin = _cuts(row, column, length, 2 * lane_pairs[place // R], K, S)  # [N, S]
+    slot = torch.arange(row.numel(), device=device)
+    run = torch.searchsorted(begin.flatten(), slot, right=True) - 1  # row * S + segment
+    at = slot - begin.flatten()[run]  # slot within the lane
+    lane = run % S * R + place[row] % R
     block = place[row] // R  # slice of each slot
     bases = torch.zeros(G * L, dtype=torch.int16 if K <= 2**15 else torch.int32, device=device)
     head = at == 0
@@ -134,6 +153,19 @@ def _slots(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, ...]
     value = torch.where(nth == fillers[source], weight[keep][source], 0)
     length = torch.zeros(weight.shape[0], dtype=torch.int64, device=row.device).index_add_(0, row, fillers + 1)
     return row[source], torch.minimum(stop, stop - gap[source] + FAR * (nth + 1)), value, length
+
+
+def _cuts(row, column, length, room, K: int, S: int) -> torch.Tensor:
+    """[N, S] the slot at which each lane begins: near the column border it would have if rows were even, as far as `room` allows."""
+    N = length.numel()
+    first = length.cumsum(0) - length
+    held = torch.bincount(row * S + column * S // K, minlength=N * S).view(N, S)  # slots between two borders
+    wanted = first[:, None] + held.cumsum(1) - held
+    begin = wanted.clone()
+    for s in range(1, S):
+        at_least = torch.maximum(begin[:, s - 1], first + length - (S - s) * room)
+        begin[:, s] = wanted[:, s].clamp(at_least, torch.minimum(begin[:, s - 1] + room, first + length))
+    return begin
 
 
 def _starts(counts: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,64 @@
+"""Every kernel compiles ahead of time, inline PTX included, for GPUs that this machine does not have."""
+
+import pytest
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dlpkit.kernels import expand, lanes, pick, runtime, walk
+
+pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has no compiler")
+
+GRID = {"R": 32, "S": 16}
+ROWS = {"BIAS": True, "PTX": True}
+PAIR = {"n": 2, "m": 4, "V": 16}
+WORDS = ("values_ptr", "gaps_ptr", "codes_ptr", "order_ptr", "pairs_ptr", "steps_ptr")  # int32
+
+
+def compiled(kernel, capability, dtype, constants):
+    """The assembly of a kernel whose x, y and bias have `dtype`."""
+    several = constants.get("M", 1) > 2  # then x is planes
+    kinds = dict.fromkeys(WORDS, "*i32") | {"bases_ptr": "*i16", "x_ptr": "*i32" if several else dtype}
+    if kernel in (expand._sell_kernel, expand._nm_kernel):
+        kinds["out_ptr"] = "*i16"
+    elif kernel is lanes._pair_kernel:
+        kinds |= {"out_ptr": "*i32", "x_ptr": dtype}
+
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        return kinds.get(name, dtype) if name.endswith("_ptr") else "i32"
+
+    source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constexprs=constants)
+    warps = constants.get("R", 8) * constants.get("S", 16) // 32
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "M"), [(tl.bfloat16, 1), (tl.bfloat16, 8), (tl.float16, 2), (tl.float16, 4)])
+@pytest.mark.parametrize(
+    ("kernel", "more"), [(walk._walk_kernel, {"PLANE": 4096}), (pick._pick_kernel, PAIR | {"PADDED": False})]
+)
+def test_matmul_kernels(kernel, more, capability, dtype, M):
+    asm = compiled(
+        kernel, capability, "*bf16" if dtype == tl.bfloat16 else "*fp16", GRID | ROWS | more | {"M": M, "DTYPE": dtype}
+    )
+    assert "ld.global.nc.L1::no_allocate.v4.b32" in asm["ptx"]
+    assert "cubin" in asm
+
+
+@pytest.mark.parametrize(("n", "m", "V"), [(1, 4, 16), (4, 8, 8), (3, 8, 8), (8, 16, 8), (5, 32, 4)])
+def test_other_patterns(n, m, V):
+    constants = GRID | ROWS | {"n": n, "m": m, "V": V, "PADDED": True, "M": 1, "DTYPE": tl.bfloat16}
+    assert "cubin" in compiled(pick._pick_kernel, 90, "*bf16", constants)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("kernel", "constants"), [
+    (expand._sell_kernel, GRID | {"PTX": True}),
+    (expand._nm_kernel, GRID | PAIR),
+    (lanes._pair_kernel, {"BLOCK": 256}),
+])  # fmt: skip
+def test_other_kernels(kernel, constants, capability):
+    assert "cubin" in compiled(kernel, capability, "*bf16", constants)

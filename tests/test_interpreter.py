@@ -1,0 +1,23 @@
+"""Where there is no GPU, the kernel tests run in Triton's interpreter, which has to be chosen before Triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlpkit.kernels import runtime
+
+FILES = ["test_matmul.py"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or runtime.INTERPRET, reason="they run by themselves")
+def test_kernels_in_the_interpreter():
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(here / file) for file in FILES)]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=here.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
