@@ -1,3 +1,5 @@
+from pathlib import Path
+
 from setuptools import setup
 
 SUBPACKAGES = ["archs", "allocation", "criteria"]
@@ -6,7 +8,7 @@ setup(
     name="dlpkit",
     version="0.1.0",
     description="Prune causal language models, store them smaller, run them faster: Triton sparse kernels and the methods that feed them",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

@@ -18,6 +18,7 @@ import torch
 
 BUILTIN = "builtin"
 EVALUATION_EVERY = 3  # of the built-in text, every third topic is kept for evaluation
+CROP_TRIES = 10_000  # documents looked at for one that is longer than a window
 SUFFIXES = (".txt", ".raw", ".jsonl", ".jsonl.gz")
 
 
@@ -181,7 +182,7 @@ def _from_hub(hub: HubSet, part: str) -> Text:
 
 def _crop(tokenizer, text: Text, seqlen: int, draw: random.Random, source: str) -> torch.Tensor:
     """Random documents until one is longer than a window, then a random window of it."""
-    for _ in range(100_000):
+    for _ in range(CROP_TRIES):
         ids = _tokens(tokenizer, text.documents[draw.randint(0, len(text.documents) - 1)])
         if len(ids) > seqlen:
             start = draw.randint(0, len(ids) - seqlen - 1)
