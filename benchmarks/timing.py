@@ -45,6 +45,20 @@ def clock(calls: list[Callable]) -> tuple[float, float]:
     return statistics.median(took), (tenths[-1] - tenths[0]) / statistics.median(took)
 
 
+def stopwatch(call: Callable, times: int = 7) -> tuple[float, float]:
+    """Microseconds of a call that waits for the host, and the spread (largest less smallest) over the median."""
+    took = []
+    for _ in range(times + 1):  # the first one warms up
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        took.append(start.elapsed_time(stop) * 1e3)
+    took = took[1:]
+    return statistics.median(took), (max(took) - min(took)) / statistics.median(took)
+
+
 def copy_roof() -> float:
     """GB/s of a device-to-device copy, bytes read plus bytes written."""
     source = torch.randn(2**28, device="cuda")

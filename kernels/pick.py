@@ -11,6 +11,8 @@ import triton.language as tl
 from dlpkit.kernels.lanes import DTYPES, ROWS, add, finish, high, low, rows_of, stream_word, stream_words, zeros
 from dlpkit.kernels.runtime import use_ptx
 
+REGISTERS = {4: {"maxnreg": 64}, 8: {"maxnreg": 64}}  # by M; at M = 4 the loads of a whole step then go out together
+
 
 @triton.jit
 def _part(
@@ -100,5 +102,5 @@ def _pick(x, values, codes, bias, y, N, n, m, rows, segments, step, steps) -> No
         N, K, x.shape[0], steps, prepared.stride(0),
         n=n, m=m, V=step, PADDED=K % m != 0 or segments * steps * step != K // m * n,
         M=M, R=rows, S=segments, DTYPE=DTYPES[values.dtype], BIAS=bias is not None, PTX=use_ptx(),
-        num_warps=max(1, rows * segments // 32),
+        num_warps=max(1, rows * segments // 32), **REGISTERS.get(M, {}),
     )  # fmt: skip

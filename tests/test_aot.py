@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has n
 
 GRID = {"R": 32, "S": 16}
 ROWS = {"BIAS": True, "PTX": True}
+FLAT = {"LANES": 32, "SLOTS": 64}
 PAIR = {"n": 2, "m": 4, "V": 16}
 WORDS = ("values_ptr", "gaps_ptr", "codes_ptr", "order_ptr", "pairs_ptr", "steps_ptr")  # int32
 
@@ -21,7 +22,7 @@ def compiled(kernel, capability, dtype, constants):
     several = constants.get("M", 1) > 2  # then x is planes
     kinds = dict.fromkeys(WORDS, "*i32") | {"bases_ptr": "*i16", "x_ptr": "*i32" if several else dtype}
     if kernel in (expand._sell_kernel, expand._nm_kernel):
-        kinds["out_ptr"] = "*i16"
+        kinds |= {"out_ptr": "*i16", "values_ptr": "*i16"}
     elif kernel is lanes._pair_kernel:
         kinds |= {"out_ptr": "*i32", "x_ptr": dtype}
 
@@ -56,8 +57,8 @@ def test_other_patterns(n, m, V):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("kernel", "constants"), [
-    (expand._sell_kernel, GRID | {"PTX": True}),
-    (expand._nm_kernel, GRID | PAIR),
+    (expand._sell_kernel, GRID | FLAT),
+    (expand._nm_kernel, GRID | PAIR | FLAT),
     (lanes._pair_kernel, {"BLOCK": 256}),
 ])  # fmt: skip
 def test_other_kernels(kernel, constants, capability):

@@ -1,6 +1,7 @@
 """The contract of every runtime layout: exact inverse, honest size, the same product as dense."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -105,12 +106,20 @@ def test_sell_of_any_lane_grid(rows, segments):
     assert torch.equal(formats.get("sell").pack(weight, rows, segments).dense(), weight)
 
 
+def test_sell_packs_in_chunks_of_rows(monkeypatch):
+    sell, weight = formats.get("sell"), random_sparse(150, 100, 0.3)
+    whole = sell.pack(weight)
+    monkeypatch.setattr(sell, "CHUNK", 2000)
+    assert torch.equal(sell.pack(weight).dense(), weight)
+    assert sell.pack(weight).nbytes < 1.01 * whole.nbytes
+
+
 def test_sell_sorts_rows_of_unequal_length():
     weight = (torch.rand(256, 1024) < torch.rand(256, 1)).to(torch.bfloat16)
-    sell = formats.get("sell")
+    pack = functools.partial(formats.get("sell").pack, rows=32, segments=16)
     mixed = weight.view(8, 32, 1024).transpose(0, 1).reshape(256, 1024)
-    assert sell.pack(weight).nbytes == sell.pack(mixed).nbytes  # any order packs alike
-    assert sell.pack(weight).nbytes < 1.25 * 2.5 * weight.count_nonzero()
+    assert pack(weight).nbytes == pack(mixed).nbytes  # any order packs alike
+    assert pack(weight).nbytes < 1.25 * 2.5 * weight.count_nonzero()
 
 
 @pytest.mark.parametrize("nm", [(2, 4), (1, 4), (3, 4), (4, 8), (3, 8), (8, 16), (5, 32), (1, 32)])

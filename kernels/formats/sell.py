@@ -28,6 +28,9 @@ if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
 
 FAR = 15  # the largest distance between two slots
+CHUNK = 2**21  # weights packed at a time
+MARKS = 16  # columns up to which the nonzeros of a row are counted to order the rows
+SPLITS = (8, 4, 3, 2, 2)  # groups made by each sine component
 
 
 @dataclass(frozen=True)
@@ -75,45 +78,69 @@ def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | 
     """[N, K] of any float dtype -> Sell on the same device. `rows` and `segments` are powers of two; 0 asks `tiles`."""
     if weight.ndim != 2:
         raise ValueError(f"sell.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
-    return pack_ref(
-        weight.detach().contiguous(), rows, segments, tiles.slack(weight.shape[1]) if slack is None else slack
-    )
-
-
-def pack_ref(weight: torch.Tensor, rows: int, segments: int, slack: float) -> Sell:
     N, K = weight.shape
-    device = weight.device
-    keep = weight.view(BITS[weight.element_size()]) != 0  # [N, K]
+    weight = weight.detach().contiguous()
+    at_once = max(1, CHUNK // K)  # rows; bounds the memory that packing takes
+    length, marks = (torch.cat(t) for t in zip(*(_profile(part) for part in weight.split(at_once)), strict=True))
     if not rows or not segments:
-        rows, segments = tiles.lanes(N, K, float(keep.float().mean()) if keep.numel() else 0.0)
-    R, S, L = rows, segments, rows * segments
+        rows, segments = tiles.lanes(N, K, float(length.sum()) / max(1, weight.numel()))
+    slack = tiles.slack(K) if slack is None else slack
+    pairs = _pairs(length, segments, slack)
+    order = arrange(pairs, marks)
+    chunks = order.split(-(-at_once // rows) * rows)
+    parts = [pack_ref(weight[chunk], pairs[chunk], rows, segments) for chunk in chunks]
+    before = {name: _starts(torch.cat([part[name] for part in parts])) for name in ("pairs", "steps")}
+    joined = {name: torch.cat([part[name] for part in parts]) for name in ("values", "gaps", "bases")}
+    order = torch.nn.functional.pad(order, (0, -N % rows), value=N).to(torch.int32)
+    return Sell(**joined, order=order, **before, N=N, K=K, rows=rows, segments=segments)
 
-    row, column, value, length = _slots(weight, keep)  # [slots] each, and [N]
-    longest, order = length.sort(descending=True, stable=True)
-    G = -(-N // R)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(N, device=device)
-    order = torch.nn.functional.pad(order, (0, G * R - N), value=N)
-    lane_pairs = torch.ceil(torch.ceil(longest[::R] / S) * (0.5 + slack / 2)).long()  # [G]
-    pairs, steps = _starts(lane_pairs), _starts((lane_pairs + 3) // 4)
 
-    begin = _cuts(row, column, length, 2 * lane_pairs[place // R], K, S)  # [N, S]
+def arrange(pairs: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+    """[N] pairs that a lane of each row needs, [N, MARKS] -> the order in which rows make slices.
+
+    Longest first, so that a slice pads little, and among equals by how the row's nonzeros spread over the columns, so that the rows
+    of a slice reach the same columns at the same time and share lines of x. Nonzeros up to a column, less their even share, are a
+    Brownian bridge: its sine components have variances 1, 1/4, 1/9, ..., and each splits the groups that the ones before have made.
+    """
+    at = torch.arange(1, MARKS + 1, device=marks.device) / MARKS
+    drift = marks - marks[:, -1:] * at
+    group = torch.unique(-pairs, return_inverse=True)[1]
+    order = torch.argsort(group, stable=True)
+    for wave, parts in enumerate(SPLITS, start=1):
+        component = drift @ torch.sin(torch.pi * wave * at)
+        order = component.argsort(stable=True)
+        order = order[group[order].argsort(stable=True)]
+        size = torch.bincount(group)
+        within = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[group[order]]
+        group[order] = group[order] * parts + within * parts // size[group[order]]
+    return order
+
+
+def pack_ref(weight: torch.Tensor, pairs: torch.Tensor, R: int, S: int) -> dict[str, torch.Tensor]:
+    """Rows in order and the pairs that a lane of each needs -> values, gaps, bases, and pairs and steps of each slice."""
+    N, K = weight.shape
+    device, L, G = weight.device, R * S, -(-N // R)
+    row, column, value, length = _slots(weight)  # [slots] each, and [N]
+    pairs = torch.nn.functional.pad(pairs, (0, -N % R)).view(G, R).amax(1)
+    steps = (pairs + 3) // 4
+    pairs_before, steps_before = pairs.cumsum(0) - pairs, steps.cumsum(0) - steps
+
+    begin = _cuts(row, column, length, 2 * pairs.repeat_interleave(R)[:N], K, S).flatten()  # [N * S]
     slot = torch.arange(row.numel(), device=device)
-    run = torch.searchsorted(begin.flatten(), slot, right=True) - 1  # row * S + segment
-    at = slot - begin.flatten()[run]  # slot within the lane
-    lane = run % S * R + place[row] % R
-    block = place[row] // R  # slice of each slot
+    run = torch.searchsorted(begin, slot, right=True) - 1  # row * S + segment
+    at = slot - begin[run]  # slot within the lane
+    lane = run % S * R + row % R
+    block = row // R  # slice of each slot
     bases = torch.zeros(G * L, dtype=torch.int16 if K <= 2**15 else torch.int32, device=device)
     head = at == 0
     bases[(block * L + lane)[head]] = column[head].to(bases.dtype)
     gap = torch.where(head, 0, column - column.roll(1))  # [slots]
 
-    step = at // 8
-    values = torch.zeros(2 * L * int(pairs[-1]), dtype=weight.dtype, device=device)
-    values[_value_index(pairs[block].long(), lane_pairs[block], step, at % 8, lane, L)] = value
-    gaps = torch.zeros(L * int(steps[-1]), dtype=torch.int32, device=device)
-    gaps.index_add_(0, (steps[block] + step) * L + lane, (gap << 4 * (at % 8)).to(torch.int32))
-    return Sell(values, gaps, bases, order.to(torch.int32), pairs, steps, N, K, R, S)
+    values = torch.zeros(2 * L * int(pairs.sum()), dtype=weight.dtype, device=device)
+    values[_value_index(pairs_before[block], pairs[block], at // 8, at % 8, lane, L)] = value
+    gaps = torch.zeros(L * int(steps.sum()), dtype=torch.int32, device=device)
+    gaps.index_add_(0, (steps_before[block] + at // 8) * L + lane, (gap << 4 * (at % 8)).to(torch.int32))
+    return {"values": values, "gaps": gaps, "bases": bases, "pairs": pairs, "steps": steps}
 
 
 def unpack_ref(packed: Sell) -> torch.Tensor:
@@ -141,12 +168,31 @@ def unpack_ref(packed: Sell) -> torch.Tensor:
     return out
 
 
-def _slots(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Row, column and value of every slot, row by row, and the number of slots in each row."""
-    row, column = keep.nonzero(as_tuple=True)  # [nnz]
+def _nonzeros(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Mask [N, K]; row, column, gap from the nonzero before in the row, and fillers that the gap takes, [nnz] each."""
+    keep = weight.view(BITS[weight.element_size()]) != 0
+    row, column = keep.nonzero(as_tuple=True)
     follows = torch.nn.functional.pad(row[1:] == row[:-1], (min(1, row.numel()), 0))  # not the first of its row
     gap = torch.where(follows, column - column.roll(1), 0)
-    fillers = (gap - 1).clamp(min=0) // FAR
+    return keep, row, column, gap, (gap - 1).clamp(min=0) // FAR
+
+
+def _profile(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots of each row [N], and its nonzeros in the first 1 / MARKS, 2 / MARKS, ... of the columns [N, MARKS]."""
+    N, K = weight.shape
+    _, row, column, _, fillers = _nonzeros(weight)
+    length = torch.zeros(N, dtype=torch.int64, device=row.device).index_add_(0, row, fillers + 1)
+    return length, torch.bincount(row * MARKS + column * MARKS // K, minlength=N * MARKS).view(N, MARKS).cumsum(1)
+
+
+def _pairs(length: torch.Tensor, S: int, slack: float) -> torch.Tensor:
+    """[N] slots of a row -> [N] pairs of slots that each of its S lanes needs."""
+    return torch.ceil(torch.ceil(length / S) * (0.5 + slack / 2)).long()
+
+
+def _slots(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Row, column and value of every slot, row by row, and the number of slots in each row."""
+    keep, row, column, gap, fillers = _nonzeros(weight)
     source = torch.repeat_interleave(fillers + 1)  # [slots], index into nnz
     nth = torch.arange(source.numel(), device=row.device) - ((fillers + 1).cumsum(0) - fillers - 1)[source]
     stop = column[source]
@@ -156,10 +202,12 @@ def _slots(weight: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 
 def _cuts(row, column, length, room, K: int, S: int) -> torch.Tensor:
-    """[N, S] the slot at which each lane begins: near the column border it would have if rows were even, as far as `room` allows."""
+    """[N, S] the slot at which each lane begins: at columns that share the slots of all rows evenly, as far as `room` allows."""
     N = length.numel()
     first = length.cumsum(0) - length
-    held = torch.bincount(row * S + column * S // K, minlength=N * S).view(N, S)  # slots between two borders
+    up_to = torch.bincount(column, minlength=K).cumsum(0)  # [K] slots of all rows up to a column, the column included
+    segment = (up_to - 1).clamp(min=0) * S // max(1, row.numel())
+    held = torch.bincount(row * S + segment[column], minlength=N * S).view(N, S)
     wanted = first[:, None] + held.cumsum(1) - held
     begin = wanted.clone()
     for s in range(1, S):
