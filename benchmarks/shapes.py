@@ -2,9 +2,9 @@
 
 import torch
 
-LARGE = [(14336, 4096), (4096, 14336), (11008, 4096), (8192, 8192), (28672, 8192)]
-SMALL = [(4096, 4096), (4096, 1024), (1024, 4096)]
-SHAPES = LARGE + SMALL
+SHAPES = [
+    (14336, 4096), (4096, 14336), (11008, 4096), (8192, 8192), (4096, 4096), (4096, 1024), (1024, 4096), (28672, 8192),
+]  # fmt: skip
 NORM_SPREAD = 1.0  # of the log of the activation norm; a few inputs of a real layer are ten times the median
 
 

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 import torch
 
 RING_BYTES = 6  # times the L2 cache
-WARM_MS, TIMED_MS = 20, 20  # a GPU that was waiting for the host is slow for some milliseconds
+WARM_MS, TIMED_MS = 15, 15  # a GPU that was waiting for the host is slow for some milliseconds
 
 
 def ring_length(nbytes: int) -> int:
