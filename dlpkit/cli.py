@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Prune causal language models, store them smaller, run them faster.", no_args_is_help=True, add_completion=False,
+    no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
@@ -163,11 +163,16 @@ def doctor():
         print(f"{key}: {value}")
 
 
-def main() -> None:
+@app.callback()
+def quiet() -> None:
+    """Prune causal language models, store them smaller, run them faster."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def main() -> None:
     try:
         app()
     except ValueError as error:

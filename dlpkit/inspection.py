@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from dlpkit import report
 from dlpkit.checkpoint import METHOD
-from dlpkit.kernels import dispatch
+from dlpkit.kernels import dispatch, formats
 
 
 def inspect(folder: str | Path) -> dict:
@@ -43,8 +43,14 @@ def inspect(folder: str | Path) -> dict:
 def doctor() -> dict:
     """Versions, device, and which format packed weights would run in here, with the reason."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    format, reason = dispatch.choose(torch.zeros(1, 1, device=device))
-    return {**report.versions(), "device": device, "format of packed weights": format, "because": reason}
+    wins, reason = dispatch.available(device)
+    return {
+        **report.versions(),
+        "device": device,
+        "sparse kernels": "yes" if wins else "no",
+        "because": reason,
+        "formats": ", ".join(formats.names()),
+    }
 
 
 def _header(file: Path) -> dict[str, tuple[list[int], str]]:

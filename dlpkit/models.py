@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from dlpkit import archs
 from dlpkit.folders import new_folder
@@ -32,6 +33,23 @@ def locate(name: str | Path) -> str:
     return str(name)
 
 
+def read_config(name: str | Path) -> PretrainedConfig:
+    """The config of a folder, hub id or alias. Raises ValueError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(locate(name))
+    except OSError as error:
+        raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+
+
+def check_length(name: str | Path, seqlen: int) -> None:
+    """Raise ValueError for windows longer than the model was made for."""
+    longest = getattr(read_config(name), "max_position_embeddings", seqlen)
+    if seqlen > longest:
+        raise ValueError(
+            f"{name} reads at most {longest} tokens at once, not windows of {seqlen}: use a smaller seqlen"
+        )
+
+
 def load_dense(name: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """An ordinary causal LM on the host, in its own dtype unless asked. Raises ValueError when it is not one that dlpkit can prune.
 
@@ -39,24 +57,33 @@ def load_dense(name: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
-    where = locate(name)
+    config = read_config(name)
+    if config.model_type not in archs.names():
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model: dlpkit prunes the causal LMs {', '.join(archs.names())}. "
+            "A new one is one file of attribute paths in dlpkit/archs/"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{name} is quantized or packed already: prune the dense model it was made from, or unpack it with `dlpkit pack --to dense`"
+        )
+    model = load_model(name, config, dtype if dtype == "auto" else getattr(torch, dtype))
+    archs.of(model)
+    return model
+
+
+def load_model(
+    name: str | Path, config: PretrainedConfig, dtype: str | torch.dtype = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """from_pretrained of safetensors, in evaluation mode. Raises ValueError for weights that are missing or damaged."""
     try:
-        config = AutoConfig.from_pretrained(where)
-        if config.model_type not in archs.names():
-            raise ValueError(
-                f"{name} is a {config.model_type!r} model: dlpkit prunes the causal LMs {', '.join(archs.names())}. "
-                "A new one is one file of attribute paths in dlpkit/archs/"
-            )
-        if getattr(config, "quantization_config", None):
-            raise ValueError(
-                f"{name} is quantized or packed already: prune the dense model it was made from, or unpack it with `dlpkit pack --to dense`"
-            )
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True
+            locate(name), config=config, dtype=dtype, device_map={"": device}, use_safetensors=True
         )
     except OSError as error:
         raise ValueError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    archs.of(model)
+    except SafetensorError as error:
+        raise ValueError(f"a weights file of {name} is damaged or incomplete: {error}") from error
     return model.eval()
 
 

@@ -38,10 +38,11 @@ def run(
     out, device = Path(out), default_device(device)
     _check_targets(recipe.model, [out, *([Path(dense)] if dense else [])], overwrite)
     meter = _Meter()
+    models.check_length(recipe.model, recipe.seqlen)
     with meter.stage("load"):
         model, tokenizer = models.load_dense(recipe.model, recipe.dtype), models.load_tokenizer(recipe.model)
         check(model, recipe.sparsity, recipe.allocation, recipe.options, recipe.granularity)
-        windows, held_out = _texts(recipe, model, tokenizer)
+        windows, held_out = _texts(recipe, tokenizer)
     journal = Journal(out.with_name(f"{out.name}.partial"), _journal_key(recipe, windows, model), restart)
     with meter.stage("evaluate dense"):
         before = _measure(model, recipe, held_out, device, progress)
@@ -115,6 +116,7 @@ def evaluate_model(
     device: str | None = None, runtime: str = "auto", progress: Progress = silent,
 ) -> dict:  # fmt: skip
     """Perplexity of a dense or packed model on a text."""
+    models.check_length(model, seqlen)
     tokens = data.evaluation(models.load_tokenizer(model), text, seqlen, windows)
     loaded = checkpoint.load(model, runtime, default_device(device))
     return {
@@ -170,12 +172,7 @@ def _check_targets(model: str, targets: list[Path], overwrite: bool) -> None:
         raise ValueError(f"the packed and the dense model cannot share the folder {targets[0]}")
 
 
-def _texts(recipe: Recipe, model: PreTrainedModel, tokenizer) -> tuple[torch.Tensor, torch.Tensor | None]:
-    longest = getattr(model.config, "max_position_embeddings", recipe.seqlen)
-    if recipe.seqlen > longest:
-        raise ValueError(
-            f"{recipe.model} reads at most {longest} tokens at once, the recipe wants windows of {recipe.seqlen}: use a smaller seqlen"
-        )
+def _texts(recipe: Recipe, tokenizer) -> tuple[torch.Tensor, torch.Tensor | None]:
     windows = data.calibration(tokenizer, recipe.text, recipe.nsamples, recipe.seqlen, recipe.seed)
     if recipe.eval_windows == 0:
         return windows, None

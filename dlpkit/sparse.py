@@ -44,8 +44,7 @@ class SparseLinear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, format: str = "auto") -> "SparseLinear":
         """Pack a Linear. Zeros lose their sign: `weight * mask` leaves -0.0, which would be stored as a value."""
         made = cls(linear.in_features, linear.out_features, linear.bias)
-        weight = linear.weight.detach() + 0.0
-        made._take(formats.get(_format(weight, format)[0]).pack(weight))
+        made._take(_pack(linear.weight.detach() + 0.0, format))
         return made
 
     @property
@@ -60,14 +59,12 @@ class SparseLinear(nn.Linear):
     def format(self) -> str:
         return self.kind.__module__.rsplit(".", 1)[-1] if self.kind else "stored"
 
-    def pack(self, format: str = "auto", name: str = "weight") -> str:
-        """Stored -> packed, and why in that format. Raises ValueError, naming the weight, when what was loaded is not one matrix."""
+    def pack(self, format: str = "auto", name: str = "weight") -> None:
+        """Stored -> packed. Raises ValueError, naming the weight, when what was loaded is not one matrix."""
         stored = self.stored()
         storage.validate(stored, name)
         self.weight_mask = self.weight_offsets = None
-        format, reason = _format(weight := storage.decode(stored), format)
-        self._take(formats.get(format).pack(weight))
-        return reason
+        self._take(_pack(storage.decode(stored), format))
 
     def stored(self) -> Stored:
         if self.kind:
@@ -147,5 +144,5 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _format(weight: torch.Tensor, format: str) -> tuple[str, str]:
-    return dispatch.choose(weight) if format == "auto" else (format, f"{format} was asked for")
+def _pack(weight: torch.Tensor, format: str) -> Packed:
+    return formats.get(dispatch.choose(weight)[0] if format == "auto" else format).pack(weight)

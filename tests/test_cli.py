@@ -107,7 +107,7 @@ def test_pack_eval_generate_inspect(run, packed, tmp_path):
 def test_doctor_says_what_will_run(run):
     found = run("doctor")
     assert found.code == 0
-    for word in ("torch:", "triton:", "format of packed weights:", "because:"):
+    for word in ("torch:", "triton:", "sparse kernels:", "because:"):
         assert word in found.out
 
 
@@ -145,7 +145,13 @@ def test_models_that_are_none(run, packed, tmp_path):
         found = run("prune", model, tmp_path / "out", *SMALL)
         assert found.code == 2, model
         assert message in found.err
-    assert run("inspect", tmp_path / "none").code == 2
+    for command in (
+        ["inspect", tmp_path / "none"],
+        ["eval", "no-such-org/no-such-model"],
+        ["generate", tmp_path / "none", "x"],
+    ):
+        assert run(*command).code == 2
+    assert "at most 256 tokens" in run("eval", packed).err
     assert run("prune", packed).code == 2
     assert not (tmp_path / "out").exists()
 

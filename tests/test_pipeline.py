@@ -125,7 +125,7 @@ def test_input_and_output_are_kept_apart(small, model_folder, tmp_path):
 
 
 def test_windows_longer_than_the_model_reads(model_folder, tmp_path):
-    with pytest.raises(ValueError, match="at most 256 tokens at once, the recipe wants windows of 512"):
+    with pytest.raises(ValueError, match="at most 256 tokens at once, not windows of 512"):
         pipeline.run(recipe.make(model=str(model_folder), seqlen=512), tmp_path / "out")
 
 
