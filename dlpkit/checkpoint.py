@@ -19,7 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dlpkit.folders import new_folder
 from dlpkit.kernels import dispatch, formats
 from dlpkit.models import load_model, read_config
-from dlpkit.sparse import SparseLinear, pack_linears, put, sparse_linears, unpack_linears
+from dlpkit.packing import pack_linears, pack_stored, put, sparse_linears, unpack_linears
+from dlpkit.sparse import SparseLinear
 
 METHOD = "dlpkit"
 FORMAT_VERSION = 1
@@ -75,17 +76,16 @@ class DlpkitQuantizer(HfQuantizer):
             put(model, name, SparseLinear.empty(linear, nnz))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> None:
-        packed = sparse_linears(model)
-        for name, sparse in packed.items():
+        for name, sparse in sparse_linears(model).items():
             if sparse.weight.is_meta:
                 raise ValueError(
                     f"{name} was offloaded: packed layers cannot wait on CPU or disk, choose a device_map that fits"
                 )
-            sparse.pack(self.quantization_config.runtime, name)
+        pack_stored(model, self.quantization_config.runtime)
         wins, reason = dispatch.available(next(model.parameters()).device)
         if self.quantization_config.runtime == "auto" and not wins:
             logger.warning_once(f"dlpkit: {reason}")
-        counts = Counter(sparse.format for sparse in packed.values())
+        counts = Counter(sparse.format for sparse in sparse_linears(model).values())
         logger.info(f"dlpkit: packed Linears by format: {dict(counts)}")
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from dlpkit import archs, checkpoint, data, evaluate, models, report
 from dlpkit.folders import check_free, new_folder
 from dlpkit.journal import Journal
+from dlpkit.packing import sparse_linears
 from dlpkit.progress import Progress, silent
 from dlpkit.pruning import PruneReport, check, prune
 from dlpkit.recipe import Recipe
-from dlpkit.sparse import sparse_linears
 
 SAMPLE_PROMPT = "A computer is a machine that"
 SAMPLE_TOKENS = 40

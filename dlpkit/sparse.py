@@ -1,17 +1,17 @@
-"""SparseLinear, a drop-in for nn.Linear whose weight is packed, and the walk that packs a whole model.
+"""SparseLinear, a drop-in for nn.Linear whose weight is packed.
 
-A SparseLinear is in one of two states. *Stored*: its tensors are those of the one layout on disk, as a checkpoint loads them.
-*Packed*: they are those of a runtime format. In both, `weight` holds the values, so dtype and device mean what they mean elsewhere,
-and a state dict is always the stored form, bit for bit.
+It is in one of two states. *Stored*: its tensors are those of the one layout on disk, as a checkpoint loads them. *Packed*: they are
+those of a runtime format. In both, `weight` holds the values, so dtype and device mean what they mean elsewhere, and a state dict is
+always the stored form, bit for bit.
 """
 
 import dataclasses
+from itertools import accumulate
 
 import torch
 from torch import nn
 
-from dlpkit import archs
-from dlpkit.kernels import dispatch, formats, storage
+from dlpkit.kernels import storage
 from dlpkit.kernels.formats import Packed
 from dlpkit.kernels.storage import Stored
 
@@ -41,50 +41,40 @@ class SparseLinear(nn.Linear):
         return made
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, format: str = "auto") -> "SparseLinear":
-        """Pack a Linear. Zeros lose their sign: `weight * mask` leaves -0.0, which would be stored as a value."""
+    def of(cls, linear: nn.Linear, packed: Packed) -> "SparseLinear":
+        """In place of `linear`, running on `packed`."""
         made = cls(linear.in_features, linear.out_features, linear.bias)
-        made._take(_pack(linear.weight.detach() + 0.0, format))
+        made._take(packed)
         return made
-
-    @property
-    def packed(self) -> Packed:
-        """The runtime value, made of this module's tensors."""
-        tensors = {
-            name[len("packed_") :]: buffer for name, buffer in self._buffers.items() if name.startswith("packed_")
-        }
-        return self.kind(values=self.weight.detach(), **tensors, **self.plain)
-
-    @property
-    def format(self) -> str:
-        return self.kind.__module__.rsplit(".", 1)[-1] if self.kind else "stored"
-
-    def pack(self, format: str = "auto", name: str = "weight") -> None:
-        """Stored -> packed. Raises ValueError, naming the weight, when what was loaded is not one matrix."""
-        stored = self.stored()
-        storage.validate(stored, name)
-        self.weight_mask = self.weight_offsets = None
-        self._take(_pack(storage.decode(stored), format))
-
-    def stored(self) -> Stored:
-        if self.kind:
-            return storage.encode(self.packed.dense())
-        return Stored(
-            (self.out_features, self.in_features), self.weight.detach(), self.weight_mask, self.weight_offsets
-        )
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def nnz(self) -> int:
-        """Values that the stored form holds."""
-        dense = self.dense()
-        return int(torch.count_nonzero(dense.view(storage.BITS[dense.element_size()])))
+    @property
+    def packed(self) -> Packed:
+        """The runtime value, made of this module's tensors."""
+        fields = {
+            name[len("packed_") :]: tensor for name, tensor in self._buffers.items() if name.startswith("packed_")
+        }
+        return self.kind(values=self.weight.detach(), **fields, **self.plain)
+
+    @property
+    def format(self) -> str:
+        return self.kind.__module__.rsplit(".", 1)[-1] if self.kind else "stored"
 
     def dense(self) -> torch.Tensor:
         """[out_features, in_features], the weight as an ordinary tensor."""
         return self.packed.dense() if self.kind else storage.decode(self.stored())
+
+    def stored(self) -> Stored:
+        if self.kind:
+            return storage.encode(self.dense())
+        return Stored(self.shape, self.weight.detach(), self.weight_mask, self.weight_offsets)
+
+    def nnz(self) -> int:
+        """Values that the stored form holds."""
+        return int(storage.held(self.dense()).sum())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.packed.matmul(x, self.bias)
@@ -113,36 +103,40 @@ class SparseLinear(nn.Linear):
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
 
-def pack_linears(model: nn.Module, format: str = "auto") -> dict[str, SparseLinear]:
-    """Replace the prunable Linears of a causal LM by SparseLinears, layer by layer, in place -> them by name.
+class FusedLinear(SparseLinear):
+    """One of several SparseLinears that read the same input (q, k, v; gate, up) and share one packed weight, their rows stacked.
 
-    format: one of dlpkit.kernels.formats, or "auto" for the one that the dispatcher picks for the weight and its device.
+    The first to be called multiplies for all, the others return views of the rows that are theirs: at one row of x a launch costs as
+    much as a small layer. A call with another input than the last one seen multiplies anew, so the order of calls never matters.
     """
-    packed = {}
-    for name, linear in archs.model_linears(model, archs.of(model)):
-        if not isinstance(linear, SparseLinear):
-            linear = SparseLinear.from_linear(linear, format)
-            put(model, name, linear)
-        packed[name] = linear
-    return packed
 
+    @classmethod
+    def group(cls, linears: list[nn.Linear], packed: Packed) -> "list[FusedLinear]":
+        """In place of `linears`, whose weights `packed` holds one below the other. The first of them holds the tensors."""
+        members = [cls(linear.in_features, linear.out_features, linear.bias) for linear in linears]
+        leader = members[0]
+        leader._take(packed)
+        for member, stop in zip(members, accumulate(member.out_features for member in members), strict=True):
+            member.rows = slice(stop - member.out_features, stop)
+            member.leaders = (leader,)  # in a tuple, so that it is not a submodule
+            member.kind, member.weight = leader.kind, leader.weight
+        biases = [packed.values.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in members]
+        has_bias = any(member.bias is not None for member in members)
+        leader.register_buffer("stacked_bias", torch.cat(biases) if has_bias else None, persistent=False)
+        leader.members, leader.waiting, leader.seen, leader.result = len(members), 0, None, None
+        return members
 
-def unpack_linears(model: nn.Module) -> None:
-    """Replace every SparseLinear by an ordinary Linear that holds the same weight, zeros written out, in place."""
-    for name, sparse in sparse_linears(model).items():
-        linear = nn.Linear(sparse.in_features, sparse.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(sparse.dense(), requires_grad=False), sparse.bias
-        put(model, name, linear)
+    def dense(self) -> torch.Tensor:
+        return self.leaders[0].packed.dense()[self.rows].contiguous()
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.leaders[0].multiply(x)[..., self.rows]
 
-def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _pack(weight: torch.Tensor, format: str) -> Packed:
-    return formats.get(dispatch.choose(weight)[0] if format == "auto" else format).pack(weight)
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., all rows], kept until every member has had its part."""
+        if self.seen is not x:
+            self.seen, self.result, self.waiting = x, self.packed.matmul(x, self.stacked_bias), self.members
+        result, self.waiting = self.result, self.waiting - 1
+        if not self.waiting:
+            self.seen = self.result = None
+        return result

@@ -34,7 +34,7 @@ def encode(weight: torch.Tensor) -> Stored:
         raise ValueError(f"storage.encode wants a weight [N, K], got shape {tuple(weight.shape)}")
     N, K = weight.shape
     weight = weight.detach().contiguous()
-    keep = weight.view(BITS[weight.element_size()]) != 0  # [N, K]
+    keep = held(weight)  # [N, K]
     counts = keep.sum(1)  # [N] int64
     nnz = int(counts.sum())
     offsets = torch.zeros(N + 1, dtype=offset_dtype(nnz), device=weight.device)
@@ -48,6 +48,11 @@ def decode(stored: Stored) -> torch.Tensor:
     """Stored -> [N, K], bit for bit what was encoded."""
     out = torch.zeros(stored.shape, dtype=stored.values.dtype, device=stored.values.device)
     return out.masked_scatter_(unpack_mask(stored.mask, stored.shape[1]), stored.values)
+
+
+def held(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] contiguous -> bool, whether a weight has any bit set: all but +0.0."""
+    return weight.view(BITS[weight.element_size()]) != 0
 
 
 def unpack_mask(mask: torch.Tensor, K: int) -> torch.Tensor:
@@ -69,7 +74,9 @@ def validate(stored: Stored, name: str = "weight") -> None:
     if values.ndim != 1 or not values.is_floating_point():
         raise ValueError(f"{name}: values should be a float vector, found {values.dtype} {tuple(values.shape)}")
     if offsets.dtype not in (torch.int32, torch.int64) or tuple(offsets.shape) != (N + 1,):
-        raise ValueError(f"{name}: offsets should be int32 or int64 ({N + 1},), found {offsets.dtype} {tuple(offsets.shape)}")
+        raise ValueError(
+            f"{name}: offsets should be int32 or int64 ({N + 1},), found {offsets.dtype} {tuple(offsets.shape)}"
+        )
     if K % 8 and bool((mask[:, -1] >> (K % 8)).any()):
         raise ValueError(f"{name}: mask has bits set past column {K}; the file is damaged")
     counts = unpack_mask(mask, K).sum(1)

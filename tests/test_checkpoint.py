@@ -13,7 +13,7 @@ import dlpkit
 from dlpkit import archs, checkpoint
 from dlpkit.folders import folder_bytes
 from dlpkit.kernels import formats, storage
-from dlpkit.sparse import sparse_linears
+from dlpkit.packing import sparse_linears
 
 
 def pruned(kind="llama", sparsity=0.6, dtype=torch.bfloat16):

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from conftest import random_sparse, tiny_model
+
+from dlpkit import archs
+from dlpkit.kernels import formats
+from dlpkit.packing import pack_linears, pack_stored, put, sparse_linears, unpack_linears
+from dlpkit.sparse import FusedLinear, SparseLinear
+
+
+def sparse_model(kind="llama"):
+    model = tiny_model(kind)
+    for i, (_, linear) in enumerate(archs.model_linears(model, archs.of(model))):
+        linear.weight.data.mul_(random_sparse(*linear.weight.shape, 0.5, seed=i) != 0)
+    return model
+
+
+def stored_model():
+    """A model as a checkpoint leaves it before it is packed."""
+    model = sparse_model()
+    for name, linear in list(archs.model_linears(model, archs.of(model))):
+        packed = pack_one(linear)
+        stored = SparseLinear.empty(linear, packed.nnz())
+        stored.load_state_dict(packed.state_dict())
+        put(model, name, stored)
+    return model
+
+
+def pack_one(linear):
+    return SparseLinear.of(linear, formats.get("dense").pack(linear.weight.detach() + 0.0))
+
+
+@pytest.mark.parametrize("kind", archs.names())
+@pytest.mark.parametrize("format", ["dense", "sell"])
+def test_a_packed_model_is_the_model(kind, format, tokens):
+    model = sparse_model(kind)
+    expected = model(tokens).logits
+    packed = pack_linears(model, format)
+    assert set(packed) == {name for name, _ in archs.model_linears(model, archs.of(model))}
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)  # float32
+    unpack_linears(model)
+    assert not sparse_linears(model)
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_linears_of_one_input_are_fused_where_a_sparse_kernel_runs():
+    model = sparse_model()
+    pack_linears(model, "sell")
+    block = model.model.layers[0]
+    assert block.self_attn.k_proj.leaders[0] is block.self_attn.q_proj
+    assert block.mlp.up_proj.leaders[0] is block.mlp.gate_proj
+    assert not isinstance(block.mlp.down_proj, FusedLinear)
+    dense = sparse_model()
+    pack_linears(dense, "dense")
+    assert not any(isinstance(sparse, FusedLinear) for sparse in sparse_linears(dense).values())
+
+
+def test_packing_twice_changes_nothing():
+    model = sparse_model()
+    first = pack_linears(model, "sell")
+    assert all(a is b for a, b in zip(first.values(), pack_linears(model, "dense").values(), strict=True))
+
+
+def test_zeros_lose_their_sign_so_that_a_multiplied_mask_is_sparse():
+    model = tiny_model()
+    linear = model.model.layers[0].mlp.down_proj
+    linear.weight.data.copy_(-torch.ones_like(linear.weight) * (torch.arange(linear.in_features) % 2))
+    assert pack_linears(model, "dense")["model.layers.0.mlp.down_proj"].nnz() == linear.weight.numel() // 2
+
+
+@pytest.mark.parametrize("format", ["dense", "sell"])
+def test_stored_models_are_packed(format, tokens):
+    model = stored_model()
+    expected = sparse_model()(tokens).logits
+    pack_stored(model, format)
+    assert {sparse.format for sparse in sparse_linears(model).values()} == {format}
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)  # float32
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.weight_mask.bitwise_xor_(1), "disagree"),
+        (lambda s: s.weight_offsets.__setitem__(3, 10**6), "disagree"),
+        (lambda s: s.weight_offsets.__setitem__(0, -5), "disagree"),
+        (lambda s: setattr(s, "weight_offsets", s.weight_offsets[:-1]), "offsets should be"),
+        (lambda s: setattr(s, "weight_mask", s.weight_mask[:, :-1]), "mask should be"),
+        (lambda s: setattr(s, "weight_mask", s.weight_mask.int()), "mask should be uint8"),
+    ],
+)
+def test_damaged_tensors_are_refused_by_name(damage, message):
+    model = stored_model()
+    damage(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(ValueError, match=rf"model\.layers\.1\.mlp\.up_proj: .*{message}"):
+        pack_stored(model)
