@@ -4,7 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dlpkit.kernels.runtime import multiprocessors
+
 ROWS = 8  # rows of x that one launch takes
+REGISTER_FILE = 65536  # registers of a multiprocessor
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -147,3 +150,15 @@ def rows_of(x: torch.Tensor, planes: bool) -> tuple[torch.Tensor, int, int]:
     block = 256
     _pair_kernel[triton.cdiv(K, block), M // 2](x, out, K, x_rows, *x.stride(), *stride, BLOCK=block, num_warps=2)
     return out, M, plane
+
+
+def launch(programs: int, lanes: int, M: int, least: int, device: torch.device) -> dict[str, int]:
+    """Warps, one lane to a thread, and from M = 4 the registers with which all programs are resident at once, if `least` allows.
+
+    Left to ptxas, 36 registers at M = 8 let three programs of 512 threads onto a multiprocessor where 448 programs want four.
+    """
+    warps = max(1, lanes // 32)
+    if M < 4:
+        return {"num_warps": warps}
+    resident = triton.cdiv(programs, multiprocessors(device)) * 32 * warps  # threads
+    return {"num_warps": warps, "maxnreg": min(64, max(least, REGISTER_FILE // resident // 8 * 8))}

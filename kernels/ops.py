@@ -4,6 +4,8 @@
 and the vendor's matmul. No host synchronisation. Differentiable in x and bias; the weight is data.
 """
 
+import contextlib
+
 import torch
 
 from dlpkit.kernels import expand, pick, walk
@@ -22,17 +24,31 @@ torch.library.define(
 torch.library.define("dlpkit::nm_dense", f"({NM}, {GRID}, int n, int m, int step, int steps) -> Tensor")
 
 
-@torch.library.impl("dlpkit::sell_dense", ("cuda", "cpu"))
+def _kernel(name: str):
+    """Register an implementation, run with the device of its first tensor current, where Triton launches."""
+
+    def register(function):
+        def on_device(tensor, *rest):
+            with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+                return function(tensor, *rest)
+
+        torch.library.impl(name, ("cuda", "cpu"))(on_device)
+        return function
+
+    return register
+
+
+@_kernel("dlpkit::sell_dense")
 def _sell_dense(values, gaps, bases, order, pairs, steps, N, K, rows, segments):
     return expand.sell(values, gaps, bases, order, pairs, steps, N, K, rows, segments)
 
 
-@torch.library.impl("dlpkit::nm_dense", ("cuda", "cpu"))
+@_kernel("dlpkit::nm_dense")
 def _nm_dense(values, codes, N, K, rows, segments, n, m, step, steps):
     return expand.nm(values, codes, N, K, n, m, rows, segments, step, steps)
 
 
-@torch.library.impl("dlpkit::sell_matmul", ("cuda", "cpu"))
+@_kernel("dlpkit::sell_matmul")
 def _sell_matmul(x, bias, values, gaps, bases, order, pairs, steps, N, K, rows, segments):
     if x.shape[0] > WALK_ROWS:
         dense = expand.sell(values, gaps, bases, order, pairs, steps, N, K, rows, segments)
@@ -40,7 +56,7 @@ def _sell_matmul(x, bias, values, gaps, bases, order, pairs, steps, N, K, rows, 
     return walk.walk(x, values, gaps, bases, order, pairs, steps, bias, N, rows, segments)
 
 
-@torch.library.impl("dlpkit::nm_matmul", ("cuda", "cpu"))
+@_kernel("dlpkit::nm_matmul")
 def _nm_matmul(x, bias, values, codes, N, K, rows, segments, n, m, step, steps):
     if x.shape[0] > WALK_ROWS:
         dense = expand.nm(values, codes, N, K, n, m, rows, segments, step, steps)

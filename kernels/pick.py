@@ -8,10 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dlpkit.kernels.lanes import DTYPES, ROWS, add, finish, high, low, rows_of, stream_word, stream_words, zeros
+from dlpkit.kernels.lanes import DTYPES, ROWS, add, finish, high, launch, low, rows_of, stream_word, stream_words, zeros
 from dlpkit.kernels.runtime import use_ptx
-
-REGISTERS = {4: {"maxnreg": 64}, 8: {"maxnreg": 64}}  # by M; at M = 4 the loads of a whole step then go out together
 
 
 @triton.jit
@@ -97,10 +95,11 @@ def pick(
 def _pick(x, values, codes, bias, y, N, n, m, rows, segments, step, steps) -> None:
     K = x.shape[1]
     prepared, M, _ = rows_of(x, planes=False)
-    _pick_kernel[(triton.cdiv(N, rows),)](
+    programs = triton.cdiv(N, rows)
+    _pick_kernel[(programs,)](
         prepared, values.view(torch.int32), codes, y if bias is None else bias, y,
         N, K, x.shape[0], steps, prepared.stride(0),
         n=n, m=m, V=step, PADDED=K % m != 0 or segments * steps * step != K // m * n,
         M=M, R=rows, S=segments, DTYPE=DTYPES[values.dtype], BIAS=bias is not None, PTX=use_ptx(),
-        num_warps=max(1, rows * segments // 32), **REGISTERS.get(M, {}),
+        **launch(programs, rows * segments, M, 40 if M == 8 else 32, x.device),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """What runs here: Triton on a GPU, Triton's interpreter, or the torch references. The only hardware `if` and the only env read."""
 
+import functools
 import importlib.util
 import os
 
@@ -17,3 +18,8 @@ def use_triton(*tensors: torch.Tensor | None) -> bool:
 def use_ptx() -> bool:
     """Whether inline PTX runs: on NVIDIA GPUs, not in the interpreter."""
     return not INTERPRET and torch.version.cuda is not None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -5,20 +5,18 @@ Nothing is shared until the segments of a row are added at the end: no prefix sc
 in the same order every time. Every tensor has one dimension, [rows * segments] lanes, one to a thread; with two, Triton converts
 layouts through shared memory at every gather.
 
-The memory system is the limit, at M = 1 the device memory: 8 to 10 instructions per value. From M = 4 it is L1, which serves one
-128-byte line of x per cycle: a warp is 32 rows at about the same column, and reads as many lines as their columns lie apart. So x
-comes as planes of two rows in 32 bits, [pair][column], where a line holds 32 columns; packing all eight rows of a column together
-makes a line hold 8, and is slower.
+The memory system is the limit. At M = 1 it is the device memory, at 9 to 11 instructions per value. From M = 4 it is L1, which
+serves one 128-byte line of x per cycle: a warp is 32 rows at about the same column, and reads as many lines as their columns lie
+apart. So packing puts rows that drift alike into one slice, and x comes as planes of two rows in 32 bits, [pair][column], where a
+line holds 32 columns; with all eight rows of a column side by side a line holds 8, and the walk is slower.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from dlpkit.kernels.lanes import DTYPES, ROWS, add, finish, high, low, rows_of, stream_word, stream_words, zeros
+from dlpkit.kernels.lanes import DTYPES, ROWS, add, finish, high, launch, low, rows_of, stream_word, stream_words, zeros
 from dlpkit.kernels.runtime import use_ptx
-
-REGISTERS = {8: {"maxnreg": 40}}  # by M; ptxas left alone takes 36 at M = 8 and 15 % longer
 
 
 @triton.jit
@@ -98,9 +96,10 @@ def walk(x, values, gaps, bases, order, pairs, steps, bias, N: int, rows: int, s
 
 def _walk(x, values, gaps, bases, order, pairs, steps, bias, y, N: int, rows: int, segments: int) -> None:
     prepared, M, plane = rows_of(x, planes=True)
-    _walk_kernel[(pairs.numel() - 1,)](
+    programs = pairs.numel() - 1
+    _walk_kernel[(programs,)](
         prepared, values.view(torch.int32), gaps, bases, order, pairs, steps, y if bias is None else bias, y,
         N, x.shape[0], prepared.stride(0),
         PLANE=plane, M=M, R=rows, S=segments, DTYPE=DTYPES[values.dtype], BIAS=bias is not None,
-        PTX=use_ptx(), num_warps=max(1, rows * segments // 32), **REGISTERS.get(M, {}),
+        PTX=use_ptx(), **launch(programs, rows * segments, M, 32, x.device),
     )  # fmt: skip
