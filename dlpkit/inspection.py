@@ -36,7 +36,7 @@ def inspect(folder: str | Path) -> dict:
         "packed": packed,
         "files": {file.name: file.stat().st_size for file in files},
         "tensors": len(headers),
-        "linears": [_linear(name, facts, headers) for name, facts in modules.items()],
+        "linears": [_linear(name, modules[name], headers) for name in sorted(modules, key=_numbered)],
     }
 
 
@@ -83,6 +83,11 @@ def _linear(name: str, facts: list[int], headers: dict[str, tuple[list[int], str
         "bytes": size,
         "dense_bytes": N * K * _bytes_of(found["weight"][1]),
     }
+
+
+def _numbered(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layers.9 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
 
 def _bytes_of(dtype: str) -> int:
