@@ -36,7 +36,7 @@ def timed(request, roof):
     path = Path(request.config.getoption("--rows") or RESULTS / f"{gpu.split()[1].lower()}.jsonl")
     where = {
         "gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": _commit(request.config),
-        "command": " ".join(["pytest", *(Path(a).name if "/" in a else a for a in sys.argv[1:] if not a.startswith("--"))]),
+        "command": " ".join(["pytest", *sys.argv[1:]]),
     }  # fmt: skip
 
     def measure(calls, nbytes: int, baseline_us: float, watch=timing.clock, **columns) -> float:

@@ -19,7 +19,7 @@ def choose(weight: torch.Tensor) -> tuple[str, str]:
     runs, reason = available(weight.device)
     if not runs:
         return "dense", reason
-    density = float((weight != 0).float().mean()) if weight.numel() else 0.0
+    density = int(torch.count_nonzero(weight)) / max(1, weight.numel())
     return choose_for(tuple(weight.shape), weight.dtype, density, _nm(weight))
 
 

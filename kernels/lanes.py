@@ -152,13 +152,14 @@ def rows_of(x: torch.Tensor, planes: bool) -> tuple[torch.Tensor, int, int]:
     return out, M, plane
 
 
-def launch(programs: int, lanes: int, M: int, least: int, device: torch.device) -> dict[str, int]:
-    """Warps, one lane to a thread, and from M = 4 the registers with which all programs are resident at once, if `least` allows.
+def launch(programs: int, lanes: int, M: int, fewest: int, crowded: int, device: torch.device) -> dict[str, int]:
+    """Warps, one lane to a thread, and from M = 4 the registers of a thread.
 
-    Left to ptxas, 36 registers at M = 8 let three programs of 512 threads onto a multiprocessor where 448 programs want four.
+    They are as many as let all programs be resident at once, if that is `fewest` or more, else `crowded`.
     """
     warps = max(1, lanes // 32)
     if M < 4:
         return {"num_warps": warps}
-    resident = triton.cdiv(programs, multiprocessors(device)) * 32 * warps  # threads
-    return {"num_warps": warps, "maxnreg": min(64, max(least, REGISTER_FILE // resident // 8 * 8))}
+    threads = triton.cdiv(programs, multiprocessors(device)) * 32 * warps  # of a multiprocessor, if all are resident
+    fit = REGISTER_FILE // threads // 8 * 8
+    return {"num_warps": warps, "maxnreg": min(64, fit) if fit >= fewest else crowded}

@@ -53,6 +53,7 @@ def _sell_matmul(x, bias, values, gaps, bases, order, pairs, steps, N, K, rows, 
     if x.shape[0] > WALK_ROWS:
         dense = expand.sell(values, gaps, bases, order, pairs, steps, N, K, rows, segments)
         return torch.nn.functional.linear(x, dense, bias)
+    bias = None if bias is None else bias.contiguous()
     return walk.walk(x, values, gaps, bases, order, pairs, steps, bias, N, rows, segments)
 
 
@@ -61,6 +62,7 @@ def _nm_matmul(x, bias, values, codes, N, K, rows, segments, n, m, step, steps):
     if x.shape[0] > WALK_ROWS:
         dense = expand.nm(values, codes, N, K, n, m, rows, segments, step, steps)
         return torch.nn.functional.linear(x, dense, bias)
+    bias = None if bias is None else bias.contiguous()
     return pick.pick(x, values, codes, bias, N, n, m, rows, segments, step, steps)
 
 

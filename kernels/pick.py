@@ -92,6 +92,11 @@ def pick(
     return y
 
 
+def _registers(M: int, V: int) -> tuple[int, int]:
+    """`launch`'s fewest and crowded, measured: a step of 16 values loads 16 words of x at once where registers allow."""
+    return (64, 64) if M == 8 else (40, 64) if V == 16 else (32, 32)
+
+
 def _pick(x, values, codes, bias, y, N, n, m, rows, segments, step, steps) -> None:
     K = x.shape[1]
     prepared, M, _ = rows_of(x, planes=False)
@@ -101,5 +106,5 @@ def _pick(x, values, codes, bias, y, N, n, m, rows, segments, step, steps) -> No
         N, K, x.shape[0], steps, prepared.stride(0),
         n=n, m=m, V=step, PADDED=K % m != 0 or segments * steps * step != K // m * n,
         M=M, R=rows, S=segments, DTYPE=DTYPES[values.dtype], BIAS=bias is not None, PTX=use_ptx(),
-        **launch(programs, rows * segments, M, 40 if M == 8 else 32, x.device),
+        **launch(programs, rows * segments, M, *_registers(M, step), x.device),
     )  # fmt: skip

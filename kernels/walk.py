@@ -101,5 +101,5 @@ def _walk(x, values, gaps, bases, order, pairs, steps, bias, y, N: int, rows: in
         prepared, values.view(torch.int32), gaps, bases, order, pairs, steps, y if bias is None else bias, y,
         N, x.shape[0], prepared.stride(0),
         PLANE=plane, M=M, R=rows, S=segments, DTYPE=DTYPES[values.dtype], BIAS=bias is not None,
-        PTX=use_ptx(), **launch(programs, rows * segments, M, 32, x.device),
+        PTX=use_ptx(), **launch(programs, rows * segments, M, 32, 32, x.device),
     )  # fmt: skip

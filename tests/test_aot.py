@@ -1,6 +1,7 @@
 """Every kernel compiles ahead of time, inline PTX included, for GPUs that this machine does not have."""
 
 import pytest
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -32,8 +33,10 @@ def compiled(kernel, capability, dtype, constants):
         return kinds.get(name, dtype) if name.endswith("_ptr") else "i32"
 
     source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constexprs=constants)
-    warps = constants.get("R", 8) * constants.get("S", 16) // 32
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm
+    options = lanes.launch(
+        448, constants.get("R", 8) * constants.get("S", 16), constants.get("M", 1), 32, 32, torch.device("cpu")
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -95,6 +95,19 @@ def test_strided_rows_and_leading_dimensions(pattern, M):
     assert torch.equal(packed.matmul(x)[0], packed.matmul(x[0]))
 
 
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_strided_bias(pattern):
+    weight = sparse(40, 64, pattern)
+    packed, x = pack(weight, pattern), torch.randn(1, 64, dtype=torch.bfloat16, device=DEVICE)
+    bias = torch.randn(40, 2, dtype=torch.bfloat16, device=DEVICE)[:, 0]
+    assert torch.equal(packed.matmul(x, bias), packed.matmul(x, bias.clone()))
+
+
+def test_columns_past_16_bits():
+    weight = sparse(3, 70000, "0.8")
+    check(sell.pack(weight, rows=2, segments=64), weight, M=1)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (40, 200), (65, 33)])
 def test_dense_is_exact(pattern, N, K):

@@ -28,7 +28,7 @@ if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
 
 FAR = 15  # the largest distance between two slots
-CHUNK = 2**21  # weights packed at a time
+CHUNK = 2**22  # weights packed at a time
 MARKS = 16  # columns up to which the nonzeros of a row are counted to order the rows
 SPLITS = (8, 4, 3, 2, 2)  # groups made by each sine component
 

@@ -1,0 +1,88 @@
+"""Draw the matmul rows of a results file: speed-up over cuBLAS by sparsity and by rows of x, with the byte ceiling drawn in.
+
+python benchmarks/plot.py benchmarks/results/h100.jsonl out.svg     the plot
+python benchmarks/plot.py benchmarks/results/h100.jsonl             a Markdown table on standard output
+"""
+
+import json
+import sys
+from pathlib import Path
+
+SHAPES = [
+    (14336, 4096),
+    (4096, 14336),
+    (11008, 4096),
+    (8192, 8192),
+    (28672, 8192),
+    (4096, 4096),
+    (4096, 1024),
+    (1024, 4096),
+]
+SPARSITIES = ["0.5", "0.6", "0.7", "0.8"]
+ROWS = [1, 2, 4, 8]
+
+
+def main() -> None:
+    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    found = {(r["N"], r["K"], r["M"], r["pattern"], r["mask"]): r for r in rows if r["bench"] == "matmul"}
+    if len(sys.argv) > 2:
+        draw(found, sys.argv[2])
+    else:
+        print(table(found))
+
+
+def table(found: dict) -> str:
+    """Microseconds and speed-up over cuBLAS; at M = 1 also over the dense Triton GEMV, in brackets."""
+    patterns = (
+        [(p, "random") for p in SPARSITIES]
+        + [("0.5", "wanda"), ("0.7", "wanda")]
+        + [(p, "random") for p in ("2:4", "8:16")]
+    )
+    head = ["layer", "M", "cuBLAS us", *(p if mask == "random" else f"{p} {mask}" for p, mask in patterns)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for N, K in SHAPES:
+        for M in ROWS:
+            cells = [found[key] for pattern in patterns if (key := (N, K, M, *pattern)) in found]
+            if cells:
+                texts = [f"{r['us']:.1f} **{r['speedup']:.2f}**" + _gemv(r) for r in cells]
+                lines.append(f"| {N} x {K} | {M} | {cells[0]['baseline_us']:.1f} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _gemv(row: dict) -> str:
+    return f" ({row['triton_gemv_us'] / row['us']:.2f})" if row["M"] == 1 else ""
+
+
+def draw(found: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (by_sparsity, by_rows) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    percent = [100 * float(p) for p in SPARSITIES]
+    large = [shape for shape in SHAPES if shape[0] * shape[1] >= 4096 * 4096]
+    for shape in large:
+        by_sparsity.plot(
+            percent,
+            [found[(*shape, 1, p, "random")]["speedup"] for p in SPARSITIES],
+            "o-",
+            label="{} x {}".format(*shape),
+        )
+    by_sparsity.plot(
+        percent, [16 / (20 * (1 - float(p))) for p in SPARSITIES], "k--", label="bytes alone (20 bits a value)"
+    )
+    by_sparsity.set(xlabel="sparsity, %", ylabel="times cuBLAS, bf16", title="one row of x", xticks=percent)
+    for pattern in [*SPARSITIES, "2:4"]:
+        by_rows.plot(ROWS, [found[14336, 4096, M, pattern, "random"]["speedup"] for M in ROWS], "o-", label=pattern)
+    by_rows.set(xlabel="rows of x", title="14336 x 4096", xscale="log", xticks=ROWS, xticklabels=ROWS)
+    by_rows.minorticks_off()
+    for axes in (by_sparsity, by_rows):
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
