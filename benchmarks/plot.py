@@ -23,12 +23,17 @@ ROWS = [1, 2, 4, 8]
 
 
 def main() -> None:
-    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
-    found = {(r["N"], r["K"], r["M"], r["pattern"], r["mask"]): r for r in rows if r["bench"] == "matmul"}
+    found = matmul_rows(Path(sys.argv[1]))
     if len(sys.argv) > 2:
         draw(found, sys.argv[2])
     else:
         print(table(found))
+
+
+def matmul_rows(path: Path) -> dict[tuple, dict]:
+    """Rows by (N, K, M, pattern, mask); of several the last one counts."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(r["N"], r["K"], r["M"], r["pattern"], r["mask"]): r for r in rows if r["bench"] == "matmul"}
 
 
 def table(found: dict) -> str:

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import plot
+
 from dlpkit.report import table
 
 ROOT = Path(__file__).parents[1]
@@ -72,11 +74,29 @@ def sizes() -> str:
     return f"{table(lines, header)}\n\n{first['model']}, {first['criterion']}; {dense}; commit {first['commit']}."
 
 
+def kernels() -> str:
+    """Microseconds and speed-ups of every layer and number of rows, with what they were measured on."""
+    found = plot.matmul_rows(RESULTS / "h100.jsonl")
+    first = next(iter(found.values()))
+    commits = ", ".join(sorted({row["commit"] for row in found.values()}))
+    return f"{plot.table(found)}\n\n{first['gpu']}, {first['dtype']}, torch {first['torch']}, Triton {first['triton']}, commit {commits}."
+
+
+def packing() -> str:
+    """Time to pack and unpack one layer on the GPU, and the share of copy bandwidth that it is."""
+    found = {(r["N"], r["K"], r["kernel"], r["pattern"]): r for r in rows("h100.jsonl") if r["bench"] == "pack"}
+    lines = [
+        (f"{N} x {K}", verb, pattern, f"{r['us'] / 1e3:.2f} ms", f"{r['roof_pct']:.0f} %")
+        for (N, K, verb, pattern), r in found.items()
+    ]
+    return table(lines, ("layer", "what", "pattern", "time", "of copy bandwidth"))
+
+
 def share(size: int | None, dense: int) -> str:
     return "" if size is None else f"{size / 1e6:.1f} MB, {size / dense:.1%}"
 
 
-TABLES = {"quality": quality, "sizes": sizes}
+TABLES = {"quality": quality, "sizes": sizes, "kernels": kernels, "packing": packing}
 
 
 def main() -> None:

@@ -163,6 +163,22 @@ def doctor():
         print(f"{key}: {value}")
 
 
+@app.command(context_settings={"ignore_unknown_options": True})
+def bench(
+    what: Annotated[str, typer.Argument(help="kernels: sparse matmul and packing, beside cuBLAS.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(help="Further arguments for pytest, such as -k 4096x4096.")
+    ] = None,
+    rows: Annotated[Path, typer.Option(help="JSON-lines file that rows are appended to.")] = Path("rows.jsonl"),
+):
+    """Run a benchmark of this checkout on the GPU and print its table."""
+    from dlpkit import bench as benchmarks
+
+    if what != "kernels":
+        raise ValueError(f"there is one benchmark to run here, kernels, got {what!r}")
+    benchmarks.kernels(rows, more or [])
+
+
 @app.callback()
 def quiet() -> None:
     """Prune causal language models, store them smaller, run them faster."""

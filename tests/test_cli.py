@@ -111,6 +111,14 @@ def test_doctor_says_what_will_run(run):
         assert word in found.out
 
 
+def test_bench_wants_a_gpu_and_a_known_name(run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for arguments, message in [(["kernels"], "want an NVIDIA GPU"), (["everything"], "kernels, got 'everything'")]:
+        found = run("bench", *arguments)
+        assert found.code == 2
+        assert message in found.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

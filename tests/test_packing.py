@@ -3,7 +3,7 @@ import torch
 from conftest import random_sparse, tiny_model
 
 from dlpkit import archs
-from dlpkit.kernels import formats
+from dlpkit.kernels import dispatch, formats
 from dlpkit.packing import pack_linears, pack_stored, put, sparse_linears, unpack_linears
 from dlpkit.sparse import FusedLinear, SparseLinear
 
@@ -93,3 +93,38 @@ def test_damaged_tensors_are_refused_by_name(damage, message):
     damage(model.model.layers[1].mlp.up_proj)
     with pytest.raises(ValueError, match=rf"model\.layers\.1\.mlp\.up_proj: .*{message}"):
         pack_stored(model)
+
+
+@pytest.mark.skipif(
+    not dispatch.available("cuda" if torch.cuda.is_available() else "cpu")[0],
+    reason="wants a GPU on which sparse kernels win",
+)
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_large_layers_run_sparse_on_the_gpu_and_under_a_cuda_graph(rows):
+    model = tiny_model(
+        "llama",
+        torch.bfloat16,
+        hidden_size=2048,
+        intermediate_size=2048,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    ).cuda()
+    for i, (_, linear) in enumerate(archs.model_linears(model, archs.of(model))):
+        linear.weight.data.normal_(0, 0.02).mul_((random_sparse(*linear.weight.shape, 0.6, seed=i) != 0).cuda())
+    tokens = torch.randint(0, 256, (1, rows), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits.float()
+        packed = pack_linears(model, "auto")
+        assert {sparse.format for sparse in packed.values()} == {"sell"}
+        assert (
+            model.get_memory_footprint()
+            < 0.7 * sum(2 * linear.in_features * linear.out_features for linear in packed.values()) + 5e6
+        )
+        eager = model(tokens, use_cache=False).logits
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = model(tokens, use_cache=False).logits
+        graph.replay()
+    assert torch.equal(captured, eager)  # the same sums in the same order
+    assert ((eager.float() - expected).norm() / expected.norm()).item() < 2e-2  # bfloat16
