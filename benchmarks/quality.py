@@ -13,11 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from dlpkit import allocation as allocations
 from dlpkit import archs, criteria, data, models, pruning, report
 from dlpkit.evaluate import perplexity
+from dlpkit.kernels.runtime import default_device
 from dlpkit.patterns import Pattern
 
 CRITERIA = ("magnitude", "wanda", "sparsegpt")
@@ -27,7 +26,7 @@ PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8", "0.5@256", "0.6@256", "0.7@256")
 
 def main() -> None:
     args = parse()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     model, tokenizer = models.load_dense(args.model, args.dtype).to(device), models.load_tokenizer(args.model)
     arch = archs.of(model)
     windows = data.calibration(tokenizer, args.text, args.nsamples, args.seqlen, args.seed)

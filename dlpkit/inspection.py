@@ -5,12 +5,12 @@ import math
 import re
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from dlpkit import report
 from dlpkit.checkpoint import METHOD
 from dlpkit.kernels import dispatch, formats
+from dlpkit.kernels.runtime import default_device
 
 
 def inspect(folder: str | Path) -> dict:
@@ -42,11 +42,11 @@ def inspect(folder: str | Path) -> dict:
 
 def doctor() -> dict:
     """Versions, device, and which format packed weights would run in here, with the reason."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     wins, reason = dispatch.available(device)
     return {
         **report.versions(),
-        "device": device,
+        "device": str(device),
         "sparse kernels": "yes" if wins else "no",
         "because": reason,
         "formats": ", ".join(formats.names()),

@@ -4,7 +4,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dlpkit import archs, checkpoint, data, evaluate, models, report
 from dlpkit.folders import check_free, new_folder
 from dlpkit.journal import Journal
+from dlpkit.kernels.runtime import default_device
 from dlpkit.packing import sparse_linears
 from dlpkit.progress import Progress, silent
 from dlpkit.pruning import PruneReport, check, prune
@@ -37,8 +38,8 @@ def run(
     """
     out, device = Path(out), default_device(device)
     _check_targets(recipe.model, [out, *([Path(dense)] if dense else [])], overwrite)
-    meter = _Meter()
     models.check_length(recipe.model, recipe.seqlen)
+    meter = _Meter()
     with meter.stage("load"):
         model, tokenizer = models.load_dense(recipe.model, recipe.dtype), models.load_tokenizer(recipe.model)
         check(model, recipe.sparsity, recipe.allocation, recipe.options, recipe.granularity)
@@ -51,19 +52,16 @@ def run(
             model, list(windows.split(recipe.batch_size)), recipe.criterion, recipe.sparsity, recipe.allocation,
             recipe.options, recipe.granularity, device, journal, progress,
         )  # fmt: skip
-    if dense:
-        with meter.stage("save dense"):
-            checkpoint.save(model, dense, tokenizer, overwrite=overwrite)
-    dense_bytes = _tensor_bytes(model)
-    with new_folder(out, overwrite) as new:
+    with ExitStack() as folders:
+        new = folders.enter_context(new_folder(out, overwrite))
         with meter.stage("save"):
-            checkpoint.pack(model, "dense")
-            checkpoint.write(model, new, tokenizer)
-            linear_bytes = sum(sparse.stored().nbytes for sparse in sparse_linears(model).values())
+            if dense:
+                checkpoint.write(model, folders.enter_context(new_folder(dense, overwrite)), tokenizer)
+            sizes = _write_packed(model, new, tokenizer)
         with meter.stage("load back"):
             again = checkpoint.load(new, runtime, device)
             checkpoint.compare(model.to(device), again)
-        del model
+            del model
         with meter.stage("evaluate pruned"):
             after = _measure(again, recipe, held_out, device, progress)
         with meter.stage("generate"):
@@ -72,24 +70,15 @@ def run(
             "recipe": recipe.model_dump(),
             "sparsity": pruned.sparsity,
             "perplexity": {"before": before, "after": after},
-            "bytes": {
-                "before": dense_bytes,
-                "after": _file_bytes(new),
-                "linears_before": sum(linear.weights for linear in pruned.linears) * again.dtype.itemsize,
-                "linears_after": linear_bytes,
-                "in_memory": again.get_memory_footprint(),
-            },
-            "text": {
-                "calibration": _describe(recipe.text, windows),
-                "evaluation": _describe(recipe.eval_text, held_out),
-            },
+            "bytes": sizes | {"in_memory": again.get_memory_footprint()},
+            "text": {"calibration": _describe(recipe.text, windows), "evaluation": _describe(recipe.eval_text, held_out)},
             "sample": sample,
             "blocks": _by_block(pruned),
             "linears": [asdict(linear) for linear in pruned.linears],
             "stages": meter.stages,
             "prune_seconds": pruned.seconds,
             "versions": report.versions(),
-        }
+        }  # fmt: skip
         (new / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (new / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         (new / "README.md").write_text(report.model_card(result, out.name), encoding="utf-8")
@@ -154,10 +143,6 @@ def generate(model: PreTrainedModel, tokenizer, prompt: str, tokens: int, **how)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def default_device(device: str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -213,9 +198,14 @@ def _describe(source: str, windows: torch.Tensor | None) -> dict | None:
     }
 
 
-def _tensor_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters, tied ones once."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+def _write_packed(model: PreTrainedModel, folder: Path, tokenizer) -> dict[str, int]:
+    """Pack the model, to run as it did, and write it -> bytes of its weights, and of the pruned Linears among them, before and after."""
+    before = sum(parameter.nbytes for parameter in model.parameters())
+    linears = sum(linear.weight.nbytes for _, linear in archs.model_linears(model, archs.of(model)))
+    checkpoint.pack(model, "dense")
+    checkpoint.write(model, folder, tokenizer)
+    packed = sum(sparse.stored().nbytes for sparse in sparse_linears(model).values())
+    return {"before": before, "after": _file_bytes(folder), "linears_before": linears, "linears_after": packed}
 
 
 def _by_block(pruned: PruneReport) -> list[dict]:

@@ -19,6 +19,7 @@ from dlpkit import criteria as methods
 from dlpkit.archs import Arch
 from dlpkit.calibration import Stats, Stream
 from dlpkit.journal import Journal
+from dlpkit.kernels.runtime import default_device
 from dlpkit.kernels.score import score as norm_score
 from dlpkit.kernels.select import select, select_nm
 from dlpkit.patterns import Pattern
@@ -59,15 +60,15 @@ def prune(
 ) -> PruneReport:  # fmt: skip
     """Zero weights of a dense causal LM in place.
 
-    batches: [B, T] int64 token ids each, or one tensor [W, T] of windows read one by one, for criteria and allocations that need activations. options: the allocation's own
-    (alpha, strategy, ...). granularity: one sparsity per "block" or per "linear". device: where one block at a time is computed;
+    batches: [B, T] int64 token ids each, or one tensor [W, T] of windows read one by one, for criteria and allocations that need
+    activations. options: the allocation's own (alpha, strategy, ...). granularity: one sparsity per "block" or per "linear". device: where one block at a time is computed;
     default the GPU if there is one. Raises ValueError for names, patterns or options that do not fit, before any work.
     """
     batches = list(batches.split(1)) if isinstance(batches, torch.Tensor) else batches
     method, allocator = methods.get(criterion), allocations.get(allocation)
     check(model, pattern, allocation, options or {}, granularity)
     pattern, arch = Pattern.parse(pattern), archs.of(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(device)
     report = PruneReport(criterion, allocation, str(pattern), granularity)
     with _timed(report, "allocate"):
         summaries = summarise(model, arch, batches, allocator, options, granularity, device, journal, progress)

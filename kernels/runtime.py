@@ -23,3 +23,8 @@ def use_ptx() -> bool:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def default_device(device: torch.device | str | None = None) -> torch.device:
+    """`device`, or the GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
