@@ -8,10 +8,10 @@ import torch
 
 from dlpkit.kernels.formats import nm
 from dlpkit.kernels.runtime import HAS_TRITON
+from dlpkit.kernels.tiles import SMALLEST
 
 MEASURED = {(9, 0): "H100"}  # compute capability -> where the table was filled
 DENSEST = 0.5  # share of weights kept up to which a packed kernel won on every layer measured
-SMALLEST = 2**22  # weights; smaller layers are bound by latency, not by bytes
 
 
 def choose(weight: torch.Tensor) -> tuple[str, str]:

@@ -4,12 +4,15 @@ A program walks one slice, rows * segments lanes, and 132 SMs want 128 programs 
 the rows of a warp share the lines of x, until lanes get so short that their ends cost more than they hide.
 """
 
+SMALLEST = 2**22  # weights; smaller layers are bound by latency, not by bytes
+
 
 def lanes(N: int, K: int, density: float) -> tuple[int, int]:
     """(rows, segments) for a weight [N, K], powers of two."""
     rows = 32 if N > 8192 else 16 if N > 2048 else 8
     segments = 512 // rows if K <= 8192 or rows == 32 else 1024 // rows
-    shortest = 64 if rows == 32 else 8  # values in a lane
+    # values in a lane; a layer too small to win runs in sell when asked to, for its bytes: no short lanes, which pad more
+    shortest = 64 if rows == 32 else 8 if N * K >= SMALLEST else 32
     while segments > 1 and K * density < shortest * segments:
         segments //= 2
     while rows > 1 and rows // 2 >= N:
