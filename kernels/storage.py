@@ -13,6 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from dlpkit.kernels.runtime import HAS_TRITON, use_triton
+
+if HAS_TRITON:
+    from dlpkit.kernels import compact
+
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> integer of that width
 
 
@@ -32,20 +37,35 @@ def encode(weight: torch.Tensor) -> Stored:
     """[N, K] of any float dtype -> Stored on the same device. Raises ValueError for other ranks."""
     if weight.ndim != 2:
         raise ValueError(f"storage.encode wants a weight [N, K], got shape {tuple(weight.shape)}")
-    N, K = weight.shape
     weight = weight.detach().contiguous()
+    if not use_triton(weight) or not weight.numel():
+        return encode_ref(weight)
+    values, mask, offsets = compact.encode(weight.view(BITS[weight.element_size()]))
+    return Stored(tuple(weight.shape), values.view(weight.dtype), mask, offsets.to(offset_dtype(values.numel())))
+
+
+def encode_ref(weight: torch.Tensor) -> Stored:
+    N, K = weight.shape
     keep = held(weight)  # [N, K]
     counts = keep.sum(1)  # [N] int64
     nnz = int(counts.sum())
     offsets = torch.zeros(N + 1, dtype=offset_dtype(nnz), device=weight.device)
     offsets[1:] = counts.cumsum(0)
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -K % 8)).view(N, -1, 8)  # [N, ceil(K / 8), 8]
+    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -K % 8)).view(N, -(-K // 8), 8)  # [N, ceil(K / 8), 8]
     place = 1 << torch.arange(8, dtype=torch.uint8, device=weight.device)
     return Stored((N, K), weight[keep], (padded * place).sum(2, dtype=torch.uint8), offsets)
 
 
 def decode(stored: Stored) -> torch.Tensor:
     """Stored -> [N, K], bit for bit what was encoded."""
+    parts = [part.contiguous() for part in (stored.values, stored.mask, stored.offsets)]
+    if not use_triton(*parts) or not stored.mask.numel():
+        return decode_ref(stored)
+    values, *where = parts
+    return compact.decode(values.view(BITS[values.element_size()]), *where, stored.shape[1]).view(values.dtype)
+
+
+def decode_ref(stored: Stored) -> torch.Tensor:
     out = torch.zeros(stored.shape, dtype=stored.values.dtype, device=stored.values.device)
     return out.masked_scatter_(unpack_mask(stored.mask, stored.shape[1]), stored.values)
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlpkit.kernels import expand, lanes, pick, runtime, walk
+from dlpkit.kernels import compact, expand, group, lanes, pick, runtime, slots, walk
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has no compiler")
 
@@ -66,3 +66,42 @@ def test_other_patterns(n, m, V):
 ])  # fmt: skip
 def test_other_kernels(kernel, constants, capability):
     assert "cubin" in compiled(kernel, capability, "*bf16", constants)
+
+
+LANE = {"R": 32, "S": 16, "LANES": 32, "SLOTS": 64}
+INT = (
+    "words_ptr",
+    "fullest_ptr",
+    "codes_ptr",
+    "gaps_ptr",
+    "spread_ptr",
+    "last_ptr",
+    "begin_ptr",
+    "pairs_ptr",
+    "steps_ptr",
+)
+LONG = ("counts_ptr", "offsets_ptr", "length_ptr", "marks_ptr", "first_ptr", "order_ptr", "edges_ptr")
+KINDS = (
+    dict.fromkeys(INT, "*i32") | dict.fromkeys(LONG, "*i64") | {"mask_ptr": "*u8", "bits_ptr": "*u8"}
+)  # the rest is int16
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("kernel", "constants"), [
+    (compact._mask_kernel, {"BLOCK": 1024}),
+    (compact._values_kernel, {"BLOCK": 1024}),
+    (compact._dense_kernel, {"BLOCK": 1024}),
+    (group._bits_kernel, {"BLOCK": 1024}),
+    (group._slots_kernel, LANE | {"n": 2, "m": 4, "V": 16}),
+    (group._slots_kernel, LANE | {"n": 5, "m": 32, "V": 4}),
+    (slots._profile_kernel, {"BLOCK": 1024, "MARKS": 16}),
+    (slots._spread_kernel, {"TILE_ROWS": 32, "TILE_COLS": 256}),
+    (slots._columns_kernel, {"BLOCK": 1024}),
+    (slots._cut_kernel, {"R": 32, "S": 16}),
+    (slots._fill_kernel, LANE),
+])  # fmt: skip
+def test_packing_kernels(kernel, constants, capability):
+    kinds = {name: KINDS.get(name, "*i16") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, kinds, constexprs=constants)
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1}).asm

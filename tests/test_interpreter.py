@@ -10,7 +10,7 @@ import torch
 
 from dlpkit.kernels import runtime
 
-FILES = ["test_matmul.py"]
+FILES = ["test_matmul.py", "test_pack_kernels.py"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or runtime.INTERPRET, reason="they run by themselves")

@@ -10,7 +10,7 @@ length. A group with fewer than n nonzeros also stores zeros at free positions.
 Bits per weight: 9 for 2:4, 4.5 for 1:4, 10 for 4:8 and 8:16.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 from dlpkit.kernels.storage import BITS
 
 if HAS_TRITON:
-    from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
+    from dlpkit.kernels import group, ops  # noqa: F401 (ops registers torch.ops.dlpkit)
 
 CODE_BITS = {4: 2, 8: 4, 16: 4, 32: 8}  # m -> bits of one position
 
@@ -77,13 +77,33 @@ def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0) -> NM:
     """[N, K] -> NM with the (n, m) that takes the fewest bits. Raises ValueError if none takes fewer than the dense weight."""
     if weight.ndim != 2:
         raise ValueError(f"nm.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
-    return pack_ref(weight.detach().contiguous(), *infer(weight), rows, segments)
+    weight = weight.detach().contiguous()
+    if not use_triton(weight) or not weight.numel():
+        return pack_ref(weight, *infer_ref(weight), rows, segments)
+    integers = weight.view(BITS[weight.element_size()])
+    words, fullest = group.count(integers)
+    n, m = _cheapest(weight, fullest.tolist())
+    packed = _sized(weight, n, m, rows, segments)
+    values, codes = group.pack(integers, words, n, m, packed.rows, packed.segments, packed.step, packed.steps)
+    return replace(packed, values=values.view(weight.dtype), codes=codes)
 
 
 def infer(weight: torch.Tensor) -> tuple[int, int]:
     """(n, m): at most n of every m neighbours in a row are not zero, in the fewest bits; ties go to the smaller m."""
+    weight = weight.detach().contiguous()
+    if not use_triton(weight) or not weight.numel():
+        return infer_ref(weight)
+    return _cheapest(weight, group.count(weight.view(BITS[weight.element_size()]))[1].tolist())
+
+
+def infer_ref(weight: torch.Tensor) -> tuple[int, int]:
+    return _cheapest(weight, [int(_groups(weight, m).sum(2).max()) if weight.numel() else 1 for m in CODE_BITS])
+
+
+def _cheapest(weight: torch.Tensor, most: list[int]) -> tuple[int, int]:
+    """(n, m), from the most weights held in a group of each size."""
     bits = 8 * weight.element_size()
-    fullest = {m: max(1, int(_groups(weight, m).sum(2).max())) if weight.numel() else 1 for m in CODE_BITS}
+    fullest = {m: max(1, n) for m, n in zip(CODE_BITS, most, strict=True)}
     m = min(CODE_BITS, key=lambda m: -(-weight.shape[1] // m) * fullest[m] * (bits + CODE_BITS[m]))
     if fullest[m] * (bits + CODE_BITS[m]) >= bits * m:
         found = ", ".join(f"{n}:{m}" for m, n in fullest.items())
@@ -92,18 +112,23 @@ def infer(weight: torch.Tensor) -> tuple[int, int]:
 
 
 def pack_ref(weight: torch.Tensor, n: int, m: int, rows: int = 0, segments: int = 0) -> NM:
-    N, K = weight.shape
-    if not rows or not segments:
-        rows, segments = tiles.nm_lanes(N, K, n, m, 32 // CODE_BITS[m])
-    packed = NM(weight, weight, N, K, n, m, rows, segments)  # for its sizes
+    packed = _sized(weight, n, m, rows, segments)
     keep = _groups(weight, m)  # [N, K / m, m]
     position = keep.to(torch.uint8).sort(dim=2, descending=True, stable=True).indices[:, :, :n].sort(2).values
-    padded = torch.nn.functional.pad(weight, (0, -K % m)).view(keep.shape)
+    padded = torch.nn.functional.pad(weight, (0, -packed.K % m)).view(keep.shape)
     values, codes = (_to_lanes(t.flatten(1), packed) for t in (padded.gather(2, position), position))  # [G, T, L, V]
     place = CODE_BITS[m] * torch.arange(packed.step, device=weight.device)
     codes = (codes << place).sum(3).to(torch.int32)
     parts = values.unflatten(3, (-1, min(packed.step, 8))).transpose(2, 3)  # [G, T, V / C, L, C]
-    return NM(parts.flatten(), codes.flatten(), N, K, n, m, rows, segments)
+    return replace(packed, values=parts.flatten(), codes=codes.flatten())
+
+
+def _sized(weight: torch.Tensor, n: int, m: int, rows: int, segments: int) -> NM:
+    """An NM that knows its sizes but has the weight in place of values and codes."""
+    N, K = weight.shape
+    if not rows or not segments:
+        rows, segments = tiles.nm_lanes(N, K, n, m, 32 // CODE_BITS[m])
+    return NM(weight, weight, N, K, n, m, rows, segments)
 
 
 def unpack_ref(packed: NM) -> torch.Tensor:

@@ -26,6 +26,7 @@ from dlpkit.kernels.storage import BITS
 
 if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
+    from dlpkit.kernels import slots as kernels
 
 FAR = 15  # the largest distance between two slots
 CHUNK = 2**22  # weights packed at a time
@@ -78,17 +79,38 @@ def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | 
     """[N, K] of any float dtype -> Sell on the same device. `rows` and `segments` are powers of two; 0 asks `tiles`."""
     if weight.ndim != 2:
         raise ValueError(f"sell.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
-    N, K = weight.shape
     weight = weight.detach().contiguous()
-    at_once = max(1, CHUNK // K)  # rows; bounds the memory that packing takes
-    length, marks = (torch.cat(t) for t in zip(*(_profile(part) for part in weight.split(at_once)), strict=True))
-    if not rows or not segments:
-        rows, segments = tiles.lanes(N, K, float(length.sum()) / max(1, weight.numel()))
-    slack = tiles.slack(K) if slack is None else slack
+    if not use_triton(weight) or not weight.numel():
+        return pack_ref(weight, rows, segments, slack)
+    N, K = weight.shape
+    integers = weight.view(BITS[weight.element_size()])
+    bits, length, marks, last = kernels.profile(integers, MARKS)
+    slots = int(length.sum())
+    rows, segments, slack = _grid(weight, slots, rows, segments, slack)
+    needed = _pairs(length, segments, slack)
+    order = arrange(needed, marks)
+    pairs = torch.nn.functional.pad(needed[order], (0, -N % rows)).view(-1, rows).amax(1)
+    before = {"pairs": _starts(pairs), "steps": _starts((pairs + 3) // 4)}
+    chunk = _chunk(K, rows)
+    segment = _segments(kernels.spread(bits, last, order, chunk, K).cumsum(1), segments)
+    edges = torch.searchsorted(segment, torch.arange(segments, device=weight.device).repeat(len(segment), 1))
+    totals = tuple(torch.stack([starts[-1] for starts in before.values()]).tolist())
+    values, gaps, bases = kernels.fill(
+        integers, bits, length, last, slots,
+        order, edges, **before, totals=totals, chunk=chunk, rows=rows, segments=segments,
+    )  # fmt: skip
+    order = torch.nn.functional.pad(order, (0, -N % rows), value=N).to(torch.int32)
+    return Sell(values.view(weight.dtype), gaps, bases, order, **before, N=N, K=K, rows=rows, segments=segments)
+
+
+def pack_ref(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | None = None) -> Sell:
+    N, K = weight.shape
+    parts = weight.split(max(1, CHUNK // K))
+    length, marks = (torch.cat(t) for t in zip(*(_profile(part) for part in parts), strict=True))
+    rows, segments, slack = _grid(weight, int(length.sum()), rows, segments, slack)
     pairs = _pairs(length, segments, slack)
     order = arrange(pairs, marks)
-    chunks = order.split(-(-at_once // rows) * rows)
-    parts = [pack_ref(weight[chunk], pairs[chunk], rows, segments) for chunk in chunks]
+    parts = [_pack_chunk(weight[chunk], pairs[chunk], rows, segments) for chunk in order.split(_chunk(K, rows))]
     before = {name: _starts(torch.cat([part[name] for part in parts])) for name in ("pairs", "steps")}
     joined = {name: torch.cat([part[name] for part in parts]) for name in ("values", "gaps", "bases")}
     order = torch.nn.functional.pad(order, (0, -N % rows), value=N).to(torch.int32)
@@ -116,7 +138,7 @@ def arrange(pairs: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     return order
 
 
-def pack_ref(weight: torch.Tensor, pairs: torch.Tensor, R: int, S: int) -> dict[str, torch.Tensor]:
+def _pack_chunk(weight: torch.Tensor, pairs: torch.Tensor, R: int, S: int) -> dict[str, torch.Tensor]:
     """Rows in order and the pairs that a lane of each needs -> values, gaps, bases, and pairs and steps of each slice."""
     N, K = weight.shape
     device, L, G = weight.device, R * S, -(-N // R)
@@ -185,6 +207,23 @@ def _profile(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return length, torch.bincount(row * MARKS + column * MARKS // K, minlength=N * MARKS).view(N, MARKS).cumsum(1)
 
 
+def _grid(weight: torch.Tensor, slots: int, rows: int, segments: int, slack: float | None) -> tuple[int, int, float]:
+    N, K = weight.shape
+    if not rows or not segments:
+        rows, segments = tiles.lanes(N, K, slots / max(1, weight.numel()))
+    return rows, segments, tiles.slack(K) if slack is None else slack
+
+
+def _chunk(K: int, rows: int) -> int:
+    """Rows, in order, that are packed at a time and share the columns at which their lanes want to begin."""
+    return -(-max(1, CHUNK // K) // rows) * rows
+
+
+def _segments(up_to: torch.Tensor, S: int) -> torch.Tensor:
+    """[..., K] slots of all rows up to a column, the column included -> the segment of each column, so that they share the slots."""
+    return (up_to - 1).clamp(min=0) * S // up_to[..., -1:].clamp(min=1)
+
+
 def _pairs(length: torch.Tensor, S: int, slack: float) -> torch.Tensor:
     """[N] slots of a row -> [N] pairs of slots that each of its S lanes needs."""
     return torch.ceil(torch.ceil(length / S) * (0.5 + slack / 2)).long()
@@ -205,8 +244,7 @@ def _cuts(row, column, length, room, K: int, S: int) -> torch.Tensor:
     """[N, S] the slot at which each lane begins: at columns that share the slots of all rows evenly, as far as `room` allows."""
     N = length.numel()
     first = length.cumsum(0) - length
-    up_to = torch.bincount(column, minlength=K).cumsum(0)  # [K] slots of all rows up to a column, the column included
-    segment = (up_to - 1).clamp(min=0) * S // max(1, row.numel())
+    segment = _segments(torch.bincount(column, minlength=K).cumsum(0), S)  # [K]
     held = torch.bincount(row * S + segment[column], minlength=N * S).view(N, S)
     wanted = first[:, None] + held.cumsum(1) - held
     begin = wanted.clone()
