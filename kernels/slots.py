@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 FAR = tl.constexpr(15)  # the largest distance between two slots
-BLOCK = 1024  # columns at a time, one warp
-TILE_ROWS, TILE_COLS = 32, 256  # of a chunk, whose slots a program counts
-SLOTS = 64  # of a lane at a time
+BLOCK = 512  # columns at a time, one warp
+TILE_ROWS, TILE = 128, 32  # rows of a chunk, below 256, and octets of columns whose slots one program counts
+SLOTS = 32  # of a lane at a time
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _larger(a, b):
 
 @triton.jit
 def _profile_kernel(
-    w_ptr, bits_ptr, length_ptr, last_ptr, marks_ptr,  # integer [N, K]; [N, OCTETS] uint8, [N], [N], [N, MARKS] int64
+    w_ptr, bits_ptr, length_ptr, last_ptr, marks_ptr,  # integer [N, K]; [N, OCTETS] uint8, [N], [N] int32, [N, MARKS]
     K, OCTETS,
     MARKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,23 +58,28 @@ def _profile_kernel(
 def _spread_kernel(
     bits_ptr, last_ptr, order_ptr, spread_ptr,  # [N, OCTETS], [N], [N]; [chunks, K] int32
     N, K, OCTETS, CHUNK,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     nth = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)[:, None]  # row of the chunk
     at = tl.program_id(2) * CHUNK + nth
     there = (nth < CHUNK) & (at < N)
     row = tl.load(order_ptr + at, mask=there, other=0).to(tl.int64)
     last = tl.load(last_ptr + row, mask=there, other=-1)
-    col = tl.program_id(0) * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]
-    octet = tl.load(bits_ptr + row * OCTETS + col // 8, mask=col <= last, other=0).to(tl.int32)
-    count = tl.sum((octet >> (col % 8)) & 1, 0)  # [TILE_COLS]
-    col = tl.program_id(0) * TILE_COLS + tl.arange(0, TILE_COLS)
-    tl.atomic_add(spread_ptr + tl.program_id(2).to(tl.int64) * K + col, count, mask=col < K)
+    octet = tl.program_id(0) * TILE + tl.arange(0, TILE)[None, :]
+    bits = tl.load(bits_ptr + row * OCTETS + octet, mask=octet * 8 <= last, other=0).to(tl.int32)
+    bits &= (2 << tl.minimum(tl.maximum(last - octet * 8, 0), 7)) - 1  # those up to the last nonzero
+    low = tl.sum(((bits & 15) * 0x204081) & 0x1010101, 0)  # [TILE], a count to a byte
+    high = tl.sum(((bits >> 4) * 0x204081) & 0x1010101, 0)
+    col = (tl.program_id(0) * TILE + tl.arange(0, TILE)) * 8
+    to = spread_ptr + tl.program_id(2).to(tl.int64) * K + col
+    for j in tl.static_range(4):
+        tl.atomic_add(to + j, (low >> (8 * j)) & 255, mask=col + j < K)
+        tl.atomic_add(to + 4 + j, (high >> (8 * j)) & 255, mask=col + 4 + j < K)
 
 
 @triton.jit
 def _columns_kernel(
-    bits_ptr, last_ptr, first_ptr, columns_ptr,  # [N, OCTETS], [N], [N]; [slots] int16 or int32
+    bits_ptr, last_ptr, first_ptr, columns_ptr,  # [N, OCTETS], [N], [N + 1]; [slots] int16 or int32
     K, OCTETS,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -85,39 +90,49 @@ def _columns_kernel(
         col = start + tl.arange(0, BLOCK)
         octet = tl.load(bits_ptr + row * OCTETS + col // 8, mask=col <= last, other=0).to(tl.int32)
         slot = (octet >> (col % 8)) & 1
-        at = before + tl.cumsum(slot, 0) - 1
-        tl.store(columns_ptr + at, col.to(columns_ptr.dtype.element_ty), mask=slot != 0)
+        to = columns_ptr + before + tl.cumsum(slot, 0) - 1
+        tl.store(to, col.to(columns_ptr.dtype.element_ty), mask=slot != 0)
         before += tl.sum(slot)
 
 
 @triton.jit
+def _up_to(p, key, size):
+    """How many of the first `size` numbers at p [S], which ascend, are not above the key [S]."""
+    low = tl.zeros_like(key)
+    high = low + size
+    left = size
+    while left > 0:
+        middle = (low + high) // 2
+        below = (low < high) & (tl.load(p + middle, mask=low < high, other=0) <= key)
+        high = tl.where(below, high, middle)
+        low = tl.where(below, middle + 1, low)
+        left = left // 2
+    return low
+
+
+@triton.jit
 def _cut_kernel(
-    columns_ptr, first_ptr, length_ptr, order_ptr, edges_ptr, pairs_ptr, begin_ptr,  # begin [N, S + 1] int32, from first
+    columns_ptr, first_ptr, order_ptr, spread_ptr, pairs_ptr, begin_ptr,  # spread sums [chunks, K]; begin [N, S + 1] int32
     K, CHUNK,
     R: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     row = tl.load(order_ptr + at)
     first = tl.load(first_ptr + row)
-    length = tl.load(length_ptr + row).to(tl.int32)
+    length = (tl.load(first_ptr + row + 1) - first).to(tl.int32)
     room = 2 * (tl.load(pairs_ptr + at // R + 1) - tl.load(pairs_ptr + at // R))
     segment = tl.arange(0, S)
-    edge = tl.load(edges_ptr + at // CHUNK * S + segment)
-    low, high = tl.zeros([S], tl.int32), tl.zeros([S], tl.int32) + length
-    left = K
-    while left > 0:  # search for the first slot at the edge or past it
-        middle = (low + high) // 2
-        less = tl.load(columns_ptr + first + middle, mask=low < high, other=0) < edge
-        less = less & (low < high)
-        high = tl.where(less, high, middle)
-        low = tl.where(less, middle + 1, low)
-        left = left // 2
+    spread = spread_ptr + at // CHUNK * K
+    share = (segment * tl.load(spread + K - 1) + S - 1) // S  # slots of the chunk before a segment
+    edge = _up_to(spread, share, K)  # where it begins, the first excepted
+    wanted = _up_to(columns_ptr + first, edge.to(tl.int32) - 1, length)
     begin = 0
     begins = tl.zeros([S], tl.int32)
     for s in range(1, S):
-        wanted = tl.sum(tl.where(segment == s, low, 0))
-        wanted = tl.maximum(wanted, tl.maximum(begin, length - (S - s) * room))
-        begin = tl.minimum(wanted, tl.minimum(begin + room, length))
+        least = tl.maximum(begin, length - (S - s) * room)
+        begin = tl.minimum(
+            tl.maximum(tl.sum(tl.where(segment == s, wanted, 0)), least), tl.minimum(begin + room, length)
+        )
         begins = tl.where(segment == s, begin, begins)
     tl.store(begin_ptr + at * (S + 1) + segment, begins)
     tl.store(begin_ptr + at * (S + 1) + S, length)
@@ -161,54 +176,47 @@ def _fill_kernel(
 
 
 def profile(weight: torch.Tensor, marks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, K] contiguous, of an integer dtype -> bits [N, ceil(K / 8)], slots [N], nonzeros [N, marks], last nonzero or -1 [N]."""
+    """[N, K] contiguous, of an integer dtype -> bits [N, ceil(K / 8)], last nonzero or -1 [N], slots [N], nonzeros [N, marks]."""
     N, K = weight.shape
     bits = torch.empty(N, -(-K // 8), dtype=torch.uint8, device=weight.device)
-    length = torch.empty(N, dtype=torch.int64, device=weight.device)
     last = torch.empty(N, dtype=torch.int32, device=weight.device)
+    length = torch.empty(N, dtype=torch.int64, device=weight.device)
     count = torch.empty(N, marks, dtype=torch.int64, device=weight.device)
     with torch.cuda.device_of(weight):
         _profile_kernel[(N,)](
             weight, bits, length, last, count, K, bits.shape[1], MARKS=marks, BLOCK=BLOCK, num_warps=1
         )
-    return bits, length, count, last
-
-
-def spread(bits: torch.Tensor, last: torch.Tensor, order: torch.Tensor, chunk: int, K: int) -> torch.Tensor:
-    """The bits, and `chunk` rows at a time in order [N] -> slots in each column [chunks, K]."""
-    N = order.numel()
-    chunks = -(-N // chunk)
-    out = torch.zeros(chunks, K, dtype=torch.int32, device=bits.device)
-    grid = triton.cdiv(K, TILE_COLS), triton.cdiv(min(N, chunk), TILE_ROWS), chunks
-    with torch.cuda.device_of(bits):
-        _spread_kernel[grid](
-            bits, last, order, out, N, K, bits.shape[1], chunk, TILE_ROWS=TILE_ROWS, TILE_COLS=TILE_COLS, num_warps=4
-        )
-    return out
+    return bits, last, length, count
 
 
 def fill(
-    weight: torch.Tensor, bits: torch.Tensor, length: torch.Tensor, last: torch.Tensor, slots: int,
-    order: torch.Tensor, edges: torch.Tensor, pairs: torch.Tensor, steps: torch.Tensor, totals: tuple[int, int],
-    chunk: int, rows: int, segments: int,
+    weight: torch.Tensor, bits: torch.Tensor, last: torch.Tensor, first: torch.Tensor, slots: int,
+    order: torch.Tensor, pairs: torch.Tensor, steps: torch.Tensor, chunk: int, rows: int, segments: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """What `profile` gave, and for each chunk the columns at which segments want to begin [chunks, S] -> values, gaps, bases.
+    """The weight, what `profile` gave and the slots before each row [N + 1], `slots` in all -> values, gaps, bases.
 
-    `slots` is the sum of length, `totals` the last of pairs [G + 1] and of steps [G + 1].
+    order [N], pairs [G + 1] and steps [G + 1] are those of the Sell; `chunk` rows share the columns at which segments want to begin.
     """
     N, K = weight.shape
     device, L, G = weight.device, rows * segments, -(-N // rows)
     index = torch.int16 if K <= 2**15 else torch.int32
-    first = length.cumsum(0) - length
     columns = torch.empty(slots, dtype=index, device=device)
+    spread = torch.zeros(-(-N // chunk), K, dtype=torch.int32, device=device)
     begin = torch.empty(N, segments + 1, dtype=torch.int32, device=device)
-    values = torch.empty(2 * L * totals[0], dtype=weight.dtype, device=device)
-    gaps = torch.empty(L * totals[1], dtype=torch.int32, device=device)
     bases = torch.empty(G * L, dtype=index, device=device)
-    lanes = min(32, L)
+    octets, lanes = bits.shape[1], min(32, L)
     with torch.cuda.device_of(weight):
-        _columns_kernel[(N,)](bits, last, first, columns, K, bits.shape[1], BLOCK=BLOCK, num_warps=1)
-        _cut_kernel[(N,)](columns, first, length, order, edges, pairs, begin, K, chunk, R=rows, S=segments, num_warps=1)
+        _columns_kernel[(N,)](bits, last, first, columns, K, octets, BLOCK=BLOCK, num_warps=1)
+        grid = triton.cdiv(octets, TILE), triton.cdiv(min(N, chunk), TILE_ROWS), len(spread)
+        _spread_kernel[grid](
+            bits, last, order, spread, N, K, octets, chunk, TILE_ROWS=TILE_ROWS, TILE=TILE, num_warps=4
+        )
+        _cut_kernel[(N,)](
+            columns, first, order, spread.cumsum(1), pairs, begin, K, chunk, R=rows, S=segments, num_warps=1
+        )
+        total_pairs, total_steps = torch.stack([pairs[-1], steps[-1]]).tolist()
+        values = torch.empty(2 * L * total_pairs, dtype=weight.dtype, device=device)
+        gaps = torch.empty(L * total_steps, dtype=torch.int32, device=device)
         _fill_kernel[G, L // lanes](
             weight, columns, first, order, begin, pairs, steps, values, gaps, bases,
             N, K, R=rows, S=segments, LANES=lanes, SLOTS=SLOTS, num_warps=4,

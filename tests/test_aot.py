@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlpkit.kernels import compact, expand, group, lanes, pick, runtime, slots, walk
+from dlpkit.kernels import arrange, compact, expand, group, lanes, pick, runtime, slots, walk
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has no compiler")
 
@@ -80,9 +80,11 @@ INT = (
     "pairs_ptr",
     "steps_ptr",
 )
-LONG = ("counts_ptr", "offsets_ptr", "length_ptr", "marks_ptr", "first_ptr", "order_ptr", "edges_ptr")
+LONG = ("counts_ptr", "offsets_ptr", "length_ptr", "marks_ptr", "first_ptr")
 KINDS = (
-    dict.fromkeys(INT, "*i32") | dict.fromkeys(LONG, "*i64") | {"mask_ptr": "*u8", "bits_ptr": "*u8"}
+    dict.fromkeys(INT, "*i32")
+    | dict.fromkeys(LONG, "*i64")
+    | {"mask_ptr": "*u8", "bits_ptr": "*u8", "key_ptr": "*fp32"}
 )  # the rest is int16
 
 
@@ -95,10 +97,12 @@ KINDS = (
     (group._slots_kernel, LANE | {"n": 2, "m": 4, "V": 16}),
     (group._slots_kernel, LANE | {"n": 5, "m": 32, "V": 4}),
     (slots._profile_kernel, {"BLOCK": 1024, "MARKS": 16}),
-    (slots._spread_kernel, {"TILE_ROWS": 32, "TILE_COLS": 256}),
+    (slots._spread_kernel, {"TILE_ROWS": 128, "TILE": 32}),
     (slots._columns_kernel, {"BLOCK": 1024}),
     (slots._cut_kernel, {"R": 32, "S": 16}),
     (slots._fill_kernel, LANE),
+    (arrange._level_kernel, {"BLOCK": 8, "OTHERS": 256}),
+    (arrange._wave_kernel, {"BLOCK": 8, "OTHERS": 256}),
 ])  # fmt: skip
 def test_packing_kernels(kernel, constants, capability):
     kinds = {name: KINDS.get(name, "*i16") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}

@@ -13,10 +13,11 @@ from dlpkit.kernels import runtime
 FILES = ["test_matmul.py", "test_pack_kernels.py"]
 
 
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.skipif(torch.cuda.is_available() or runtime.INTERPRET, reason="they run by themselves")
-def test_kernels_in_the_interpreter():
+def test_kernels_in_the_interpreter(file):
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(here / file) for file in FILES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / file)]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=here.parent, capture_output=True, text=True
     )

@@ -16,6 +16,7 @@ Why not one layout with the 64-row, 256-column blocks of the batch kernel: those
 at 50 % sparsity and 23 % at 70 % on masks that are not balanced per block, where this one wastes below 2 %.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from dlpkit.kernels.storage import BITS
 if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
     from dlpkit.kernels import slots as kernels
+    from dlpkit.kernels.arrange import arrange
 
 FAR = 15  # the largest distance between two slots
 CHUNK = 2**22  # weights packed at a time
@@ -84,22 +86,20 @@ def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | 
         return pack_ref(weight, rows, segments, slack)
     N, K = weight.shape
     integers = weight.view(BITS[weight.element_size()])
-    bits, length, marks, last = kernels.profile(integers, MARKS)
-    slots = int(length.sum())
+    bits, last, length, marks = kernels.profile(integers, MARKS)
+    first = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+    slots = int(first[-1])
     rows, segments, slack = _grid(weight, slots, rows, segments, slack)
     needed = _pairs(length, segments, slack)
-    order = arrange(needed, marks)
-    pairs = torch.nn.functional.pad(needed[order], (0, -N % rows)).view(-1, rows).amax(1)
+    order = arrange(needed, _components(marks), SPLITS)
+    pairs = needed[order[::rows]]  # the first row of a slice is its longest
     before = {"pairs": _starts(pairs), "steps": _starts((pairs + 3) // 4)}
     chunk = _chunk(K, rows)
-    segment = _segments(kernels.spread(bits, last, order, chunk, K).cumsum(1), segments)
-    edges = torch.searchsorted(segment, torch.arange(segments, device=weight.device).repeat(len(segment), 1))
-    totals = tuple(torch.stack([starts[-1] for starts in before.values()]).tolist())
-    values, gaps, bases = kernels.fill(
-        integers, bits, length, last, slots,
-        order, edges, **before, totals=totals, chunk=chunk, rows=rows, segments=segments,
-    )  # fmt: skip
-    order = torch.nn.functional.pad(order, (0, -N % rows), value=N).to(torch.int32)
+    tensors = kernels.fill(
+        integers, bits, last, first, slots, order, **before, chunk=chunk, rows=rows, segments=segments
+    )
+    values, gaps, bases = tensors
+    order = torch.nn.functional.pad(order, (0, -N % rows), value=N)
     return Sell(values.view(weight.dtype), gaps, bases, order, **before, N=N, K=K, rows=rows, segments=segments)
 
 
@@ -109,7 +109,7 @@ def pack_ref(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: floa
     length, marks = (torch.cat(t) for t in zip(*(_profile(part) for part in parts), strict=True))
     rows, segments, slack = _grid(weight, int(length.sum()), rows, segments, slack)
     pairs = _pairs(length, segments, slack)
-    order = arrange(pairs, marks)
+    order = arrange_ref(pairs, marks)
     parts = [_pack_chunk(weight[chunk], pairs[chunk], rows, segments) for chunk in order.split(_chunk(K, rows))]
     before = {name: _starts(torch.cat([part[name] for part in parts])) for name in ("pairs", "steps")}
     joined = {name: torch.cat([part[name] for part in parts]) for name in ("values", "gaps", "bases")}
@@ -117,25 +117,31 @@ def pack_ref(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: floa
     return Sell(**joined, order=order, **before, N=N, K=K, rows=rows, segments=segments)
 
 
-def arrange(pairs: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+def arrange_ref(pairs: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
     """[N] pairs that a lane of each row needs, [N, MARKS] -> the order in which rows make slices.
 
     Longest first, so that a slice pads little, and among equals by how the row's nonzeros spread over the columns, so that the rows
     of a slice reach the same columns at the same time and share lines of x. Nonzeros up to a column, less their even share, are a
     Brownian bridge: its sine components have variances 1, 1/4, 1/9, ..., and each splits the groups that the ones before have made.
     """
-    at = torch.arange(1, MARKS + 1, device=marks.device) / MARKS
-    drift = marks - marks[:, -1:] * at
     group = torch.unique(-pairs, return_inverse=True)[1]
     order = torch.argsort(group, stable=True)
-    for wave, parts in enumerate(SPLITS, start=1):
-        component = drift @ torch.sin(torch.pi * wave * at)
+    for component, parts in zip(_components(marks).t(), SPLITS, strict=True):
         order = component.argsort(stable=True)
         order = order[group[order].argsort(stable=True)]
         size = torch.bincount(group)
         within = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[group[order]]
         group[order] = group[order] * parts + within * parts // size[group[order]]
     return order
+
+
+def _components(marks: torch.Tensor) -> torch.Tensor:
+    """[N, MARKS] -> [N, waves] float32, the sine components of each row's bridge."""
+    share = [(i + 1) / MARKS for i in range(MARKS)]  # of the nonzeros, if they spread evenly
+    waves = [[math.sin(math.pi * wave * at) for at in share] for wave in range(1, len(SPLITS) + 1)]
+    for wave in waves:  # the last mark counts all nonzeros
+        wave[-1] -= sum(a * b for a, b in zip(wave, share, strict=True))
+    return marks.float() @ torch.tensor(waves, device=marks.device).t()
 
 
 def _pack_chunk(weight: torch.Tensor, pairs: torch.Tensor, R: int, S: int) -> dict[str, torch.Tensor]:
@@ -219,11 +225,6 @@ def _chunk(K: int, rows: int) -> int:
     return -(-max(1, CHUNK // K) // rows) * rows
 
 
-def _segments(up_to: torch.Tensor, S: int) -> torch.Tensor:
-    """[..., K] slots of all rows up to a column, the column included -> the segment of each column, so that they share the slots."""
-    return (up_to - 1).clamp(min=0) * S // up_to[..., -1:].clamp(min=1)
-
-
 def _pairs(length: torch.Tensor, S: int, slack: float) -> torch.Tensor:
     """[N] slots of a row -> [N] pairs of slots that each of its S lanes needs."""
     return torch.ceil(torch.ceil(length / S) * (0.5 + slack / 2)).long()
@@ -244,7 +245,8 @@ def _cuts(row, column, length, room, K: int, S: int) -> torch.Tensor:
     """[N, S] the slot at which each lane begins: at columns that share the slots of all rows evenly, as far as `room` allows."""
     N = length.numel()
     first = length.cumsum(0) - length
-    segment = _segments(torch.bincount(column, minlength=K).cumsum(0), S)  # [K]
+    up_to = torch.bincount(column, minlength=K).cumsum(0)  # [K] slots of all rows up to a column, the column included
+    segment = (up_to - 1).clamp(min=0) * S // max(1, row.numel())
     held = torch.bincount(row * S + segment[column], minlength=N * S).view(N, S)
     wanted = first[:, None] + held.cumsum(1) - held
     begin = wanted.clone()
