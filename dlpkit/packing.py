@@ -15,10 +15,11 @@ def pack_linears(model: nn.Module, format: str = "auto") -> dict[str, SparseLine
     read the same input are packed as one unless the dense kernel runs them. Zeros lose their sign: `weight * mask` leaves -0.0, which
     has a bit set and would be stored as a value.
     """
-    for group in _groups(model, archs.of(model)):
+    for names in _groups(model, archs.of(model)):
+        linears = {name: model.get_submodule(name) for name in names}
         _pack(
             model,
-            {name: linear.weight.detach() + 0.0 for name, linear in group.items() if not _is_packed(linear)},
+            {name: linear.weight.detach() + 0.0 for name, linear in linears.items() if not _is_packed(linear)},
             format,
         )
     return sparse_linears(model)
@@ -27,12 +28,13 @@ def pack_linears(model: nn.Module, format: str = "auto") -> dict[str, SparseLine
 def pack_stored(model: nn.Module, format: str = "auto") -> None:
     """The same for the SparseLinears that a checkpoint has just filled; other Linears stay as they are.
 
-    Group by group: beside the model there is never more than one group's dense weights. Raises ValueError, naming the weight, when what
+    Group by group: beside the model there are never more than one group's dense weights, twice. Raises ValueError, naming the weight, when what
     was loaded does not describe one matrix.
     """
-    for group in _groups(model, archs.of(model)):
+    for names in _groups(model, archs.of(model)):
         weights = {}
-        for name, linear in group.items():
+        for name in names:
+            linear = model.get_submodule(name)
             if isinstance(linear, SparseLinear) and not linear.kind:
                 stored = linear.stored()
                 storage.validate(stored, name)
@@ -57,13 +59,12 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _groups(model: nn.Module, arch: archs.Arch) -> list[dict[str, nn.Linear]]:
-    """The prunable Linears by full name, those that read the same input together."""
+def _groups(model: nn.Module, arch: archs.Arch) -> list[list[str]]:
+    """Full names of the prunable Linears, those that read the same input together. Names: holding modules would keep their weights."""
     found = []
     for index, block in enumerate(archs.blocks(model, arch)):
         linears = archs.linears(block, arch)
-        for group in arch.groups():
-            found.append({f"{arch.blocks}.{index}.{name}": linears[name] for name in group if name in linears})
+        found += [[f"{arch.blocks}.{index}.{name}" for name in group if name in linears] for group in arch.groups()]
     return found
 
 
@@ -72,18 +73,25 @@ def _is_packed(linear: nn.Linear) -> bool:
 
 
 def _pack(model: nn.Module, weights: dict[str, torch.Tensor], format: str) -> None:
-    """Pack the weights of one group: stacked where a sparse kernel runs them, else one by one."""
-    linears = [model.get_submodule(name) for name in weights]
-    if len(weights) > 1:
-        stacked = torch.cat(list(weights.values()))
+    """Pack the weights of one group, taking them out of `weights`: stacked where a sparse kernel runs them, else one by one."""
+    names = list(weights)
+    linears = [model.get_submodule(name) for name in names]
+    if len(names) > 1 and _may_run_sparse(weights[names[0]], format):
+        stacked = torch.cat([weights.pop(name) for name in names])
         chosen = _choose(stacked, format)
         if chosen != "dense":
-            members = FusedLinear.group(linears, formats.get(chosen).pack(stacked))
-            for name, member in zip(weights, members, strict=True):
+            for name, member in zip(names, FusedLinear.group(linears, formats.get(chosen).pack(stacked)), strict=True):
                 put(model, name, member)
             return
-    for (name, weight), linear in zip(weights.items(), linears, strict=True):
+        parts = stacked.split([linear.out_features for linear in linears])
+        weights = {name: part.clone() for name, part in zip(names, parts, strict=True)}
+    for name, linear in zip(names, linears, strict=True):
+        weight = weights.pop(name)
         put(model, name, SparseLinear.of(linear, formats.get(_choose(weight, format)).pack(weight)))
+
+
+def _may_run_sparse(weight: torch.Tensor, format: str) -> bool:
+    return dispatch.available(weight.device)[0] if format == "auto" else format != "dense"
 
 
 def _choose(weight: torch.Tensor, format: str) -> str:

@@ -5,10 +5,14 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may download
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 VOCABULARY = 260  # 256 bytes, one end-of-text token, and room
 
