@@ -45,7 +45,7 @@ class DlpkitConfig(QuantizationConfigMixin):
     ):
         if format_version != FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint has dlpkit format version {format_version}, this dlpkit reads {FORMAT_VERSION}: pip install -U dlpkit"
+                f"this checkpoint has dlpkit format version {format_version}, this dlpkit reads {FORMAT_VERSION}: update it"
             )
         if runtime != "auto" and runtime not in formats.names():
             raise ValueError(f"runtime is 'auto' or one of {', '.join(formats.names())}, got {runtime!r}")

@@ -85,7 +85,7 @@ tags: [dlpkit, sparse, pruned]
 ---
 # {folder}
 
-`{recipe["model"]}` pruned by [dlpkit](https://pypi.org/project/dlpkit/): {recipe["criterion"]} scores, {recipe["allocation"]} allocation,
+`{recipe["model"]}` pruned by dlpkit: {recipe["criterion"]} scores, {recipe["allocation"]} allocation,
 pattern {recipe["sparsity"]}, calibrated on {text["windows"]} windows of {text["seqlen"]} tokens of {text["source"]} (fingerprint {text["fingerprint"]}, seed {recipe["seed"]}).
 
 {summary_table(report)}
