@@ -12,11 +12,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+KEPT = ("key.json", "summary-", "block-")  # how the names of a journal's files begin
+
 
 class Journal:
     def __init__(self, folder: str | Path, key: dict, restart: bool = False):
-        """Open the journal in `folder`, or start one. Raises ValueError when it belongs to another run, unless `restart`."""
+        """Open the journal in `folder`, or start one. Raises ValueError when it belongs to another run, unless `restart`.
+
+        A folder that holds anything but a journal is refused either way: a finished run removes its journal, folder and all.
+        """
         self.folder = Path(folder)
+        if self.folder.exists() and not all(path.name.startswith(KEPT) for path in self.folder.iterdir()):
+            raise ValueError(
+                f"{self.folder} is in the way: it is where an unfinished run is kept, and holds something else; move it"
+            )
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
         key = json.loads(json.dumps(key))

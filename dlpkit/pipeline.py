@@ -16,6 +16,7 @@ from dlpkit import archs, checkpoint, data, evaluate, models, report
 from dlpkit.folders import check_free, new_folder
 from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
+from dlpkit.kernels.storage import stored_bytes
 from dlpkit.packing import sparse_linears
 from dlpkit.progress import Progress, silent
 from dlpkit.pruning import PruneReport, check, prune
@@ -204,7 +205,8 @@ def _write_packed(model: PreTrainedModel, folder: Path, tokenizer) -> dict[str, 
     linears = sum(linear.weight.nbytes for _, linear in archs.model_linears(model, archs.of(model)))
     checkpoint.pack(model, "dense")
     checkpoint.write(model, folder, tokenizer)
-    packed = sum(sparse.stored().nbytes for sparse in sparse_linears(model).values())
+    kept = model.config.quantization_config.modules.values()
+    packed = sum(stored_bytes((N, K), nnz, model.dtype.itemsize) for N, K, nnz in kept)
     return {"before": before, "after": _file_bytes(folder), "linears_before": linears, "linears_after": packed}
 
 

@@ -81,6 +81,12 @@ def unpack_mask(mask: torch.Tensor, K: int) -> torch.Tensor:
     return ((mask[:, :, None] >> place) & 1).flatten(1)[:, :K].bool()
 
 
+def stored_bytes(shape: tuple[int, int], nnz: int, itemsize: int) -> int:
+    """Bytes of a Stored with `nnz` values of `itemsize` bytes each, without making one."""
+    N, K = shape
+    return nnz * itemsize + N * -(-K // 8) + (N + 1) * offset_dtype(nnz).itemsize
+
+
 def offset_dtype(nnz: int) -> torch.dtype:
     return torch.int32 if nnz < 2**31 else torch.int64
 

@@ -26,3 +26,12 @@ def test_half_written_files_do_not_count(tmp_path):
     (tmp_path / "j" / "block-00000.safetensors.tmp").write_bytes(b"half")
     assert journal.block(0) is None
     assert journal.finished_blocks == 0
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_of_somebody_else_is_never_taken(restart, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is in the way"):
+        Journal(tmp_path / "out.partial", {}, restart)
+    assert (tmp_path / "out.partial" / "thesis.txt").exists()

@@ -35,6 +35,7 @@ def test_roundtrip_of_anything(N, K, density, seed):
     storage.validate(stored)
     assert torch.equal(bits(storage.decode(stored)), bits(weight))
     assert stored.nbytes == 2 * int((bits(weight) != 0).sum()) + N * (-(-K // 8)) + 4 * (N + 1)
+    assert stored.nbytes == storage.stored_bytes((N, K), stored.values.numel(), 2)
 
 
 def test_layout_of_the_example():
