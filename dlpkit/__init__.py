@@ -11,6 +11,7 @@ from dlpkit.patterns import Pattern
 from dlpkit.pipeline import run
 from dlpkit.pruning import prune
 from dlpkit.recipe import make as make_recipe
+from dlpkit.recovery import recover
 from dlpkit.sparse import SparseLinear
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "pack",
     "perplexity",
     "prune",
+    "recover",
     "run",
     "save",
     "unpack",

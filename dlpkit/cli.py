@@ -92,6 +92,49 @@ def pack(
     print(f"weights on disk: {report.megabytes(before)} before, {report.megabytes(after)} in {out}")
 
 
+@app.command()
+def recover(
+    model: Model, out: Out,
+    method: Annotated[str | None, typer.Option(help="masked, grouped or lora adapters, or full: every weight that is not zero.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapters.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Adapters are scaled by alpha / rank.")] = None,
+    group: Annotated[int | None, typer.Option(help="Inputs that share a column, for grouped adapters.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; default the method's own.")] = None,
+    steps: Annotated[int | None, typer.Option(help="At most so many optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Windows per step.")] = None,
+    eval_every: Annotated[int | None, typer.Option("--eval-every", help="Steps between validations.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Validations without improvement after which it stops.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the adapters and of the order of windows.")] = None,
+    text: Annotated[str, typer.Option(help="Text to train on: its calibration part.")] = "builtin",
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window to train on.")] = 512,
+    held_out: Annotated[int, typer.Option("--held-out", help="Windows of it to validate by.")] = 32,
+    eval_text: Annotated[str, typer.Option("--eval-text", help="Text for perplexity before and after.")] = "builtin",
+    eval_windows: Annotated[int | None, typer.Option("--eval-windows", help="At most so many windows of it; 0 for none.")] = None,
+    device: Device = None, overwrite: Overwrite = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run instead of going on with it.")] = False,
+):  # fmt: skip
+    """Train a pruned MODEL, zeros kept, and write it to OUT. Interrupted, the same command goes on where it was."""
+    from dlpkit import console, pipeline, report
+    from dlpkit.recovery import Settings
+
+    flags = {
+        "method": method, "rank": rank, "alpha": alpha, "group": group, "lr": lr, "steps": steps, "batch_size": batch_size,
+        "eval_every": eval_every, "patience": patience, "seed": seed,
+    }  # fmt: skip
+    settings = Settings(**{key: value for key, value in flags.items() if value is not None})
+    try:
+        with console.progress() as progress:
+            result = pipeline.recover(
+                model, out, settings, text, seqlen, held_out, eval_text, eval_windows=eval_windows,
+                device=device, overwrite=overwrite, restart=restart, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("Stopped. The last validated step is kept: the same command goes on after it.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    tables = f"{report.recovery_table(result)}\n\n{report.stage_table(result)}"
+    print(f"\n{tables}\n\nwritten to {out}, with report.json and README.md")
+
+
 @app.command("eval")
 def evaluate_(
     model: Model,

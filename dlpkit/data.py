@@ -105,6 +105,31 @@ def evaluation(tokenizer, source: str = BUILTIN, seqlen: int = 2048, limit: int 
     return ids[: count * seqlen].view(count, seqlen)
 
 
+def training(
+    tokenizer, source: str = BUILTIN, n: int = 1024, seqlen: int = 512, held_out: int = 32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The calibration part of a text cut end to end -> at most `n` windows to train on and the `held_out` before them, [W, seqlen] each.
+
+    Raises ValueError for a text too short to leave one window to train on.
+    """
+    if n < 1 or held_out < 1 or seqlen < 2:
+        raise ValueError(
+            f"training wants at least one window to train on, one held out and two tokens in each, got {n}, {held_out} and {seqlen}"
+        )
+    text, parts, count = read(source, "calibration", tokenizer), [], 0
+    for document in text.documents:
+        parts.append(_tokens(tokenizer, document + text.joint))
+        count += len(parts[-1])
+        if count >= (n + held_out) * seqlen:
+            break
+    windows = torch.cat(parts)[: min(count // seqlen, n + held_out) * seqlen].view(-1, seqlen)
+    if len(windows) <= held_out:
+        raise ValueError(
+            f"{source} has {count} tokens, too few to hold out {held_out} windows of {seqlen} and train on others: use more text"
+        )
+    return windows[held_out:], windows[:held_out]
+
+
 def fingerprint(windows: torch.Tensor) -> str:
     """First 16 hex digits of the SHA-256 of the token ids: two runs with the same one saw the same text."""
     return hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest()[:16]

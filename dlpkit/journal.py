@@ -10,9 +10,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-KEPT = ("key.json", "summary-", "block-")  # how the names of a journal's files begin
+KEPT = ("key.json", "summary-", "block-", "state")  # how the names of a journal's files begin
 
 
 class Journal:
@@ -61,6 +62,24 @@ class Journal:
             {key: weight.detach().cpu().contiguous() for key, weight in weights.items()}, self.folder / f"{name}.tmp"
         )
         os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """The tensors and facts of the last `keep_state`, or None."""
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+
+    def keep_state(self, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+        """Keep how far a run has come that has no blocks to finish: one file, so its tensors and facts are of one moment."""
+        path = self.folder / "state.safetensors.tmp"
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            path,
+            {"facts": json.dumps(facts)},
+        )
+        os.replace(path, self.folder / "state.safetensors")
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,5 +1,7 @@
 """The walk that packs a model's Linears, those that read the same input together, and the one that unpacks them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -39,6 +41,14 @@ def pack_stored(model: nn.Module, format: str = "auto") -> None:
                 stored = linear.stored()
                 storage.validate(stored, name)
                 weights[name] = storage.decode(stored)
+        _pack(model, weights, format)
+
+
+def rewrite(model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor], format: str = "auto") -> None:
+    """Give every packed Linear the weight that `change` makes of its name and its dense weight, and pack it again, group by group."""
+    for names in _groups(model, archs.of(model)):
+        linears = {name: model.get_submodule(name) for name in names}
+        weights = {name: change(name, linear.dense()) for name, linear in linears.items() if _is_packed(linear)}
         _pack(model, weights, format)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dlpkit import archs, checkpoint, data, evaluate, models, report
+from dlpkit import archs, checkpoint, data, evaluate, models, recovery, report
 from dlpkit.folders import check_free, new_folder
 from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
@@ -21,6 +21,7 @@ from dlpkit.packing import sparse_linears
 from dlpkit.progress import Progress, silent
 from dlpkit.pruning import PruneReport, check, prune
 from dlpkit.recipe import Recipe
+from dlpkit.recovery import Settings
 
 SAMPLE_PROMPT = "A computer is a machine that"
 SAMPLE_TOKENS = 40
@@ -83,6 +84,51 @@ def run(
         (new / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (new / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         (new / "README.md").write_text(report.model_card(result, out.name), encoding="utf-8")
+    journal.remove()
+    return result
+
+
+def recover(
+    model: str | Path, out: str | Path, settings: Settings,
+    text: str = data.BUILTIN, seqlen: int = 512, held_out: int = 32,
+    eval_text: str = data.BUILTIN, eval_seqlen: int = 2048, eval_windows: int | None = None,
+    device: str | None = None, overwrite: bool = False, restart: bool = False, progress: Progress = silent,
+) -> dict:  # fmt: skip
+    """Train what pruning has left of a model and write it to `out`, packed if it was packed, its zeros where they were -> the report.
+
+    seqlen, held_out: tokens in a window of `text` to train on, and how many windows validate instead. eval_*: for perplexity before and
+    after; no windows leave it out. overwrite, restart, what an interrupted run leaves and what is raised: as in `run`.
+    """
+    out, device = Path(out), default_device(device)
+    _check_targets(str(model), [out], overwrite)
+    models.check_length(model, seqlen if eval_windows == 0 else max(seqlen, eval_seqlen))
+    meter, tokenizer = _Meter(), models.load_tokenizer(model)
+    with meter.stage("load"):
+        windows, kept_back = data.training(tokenizer, text, settings.steps * settings.batch_size, seqlen, held_out)
+        measured = None if eval_windows == 0 else data.evaluation(tokenizer, eval_text, eval_seqlen, eval_windows)
+        loaded = checkpoint.load(model, "auto", device)
+        packed = bool(sparse_linears(loaded))
+    key = {"model": str(model), "text": text, "training tokens": data.fingerprint(windows), **asdict(settings)}
+    journal = Journal(out.with_name(f"{out.name}.partial"), key | {"first weight": _first_weight(loaded)}, restart)
+    with meter.stage("evaluate before"):
+        before = _perplexity(loaded, eval_text, measured, 1, progress)
+    with meter.stage("train"):
+        loaded, done = recovery.recover(loaded, windows, kept_back, settings, device, journal, progress)
+    with meter.stage("evaluate after"):
+        after = _perplexity(loaded, eval_text, measured, 1, progress)
+    if packed and not sparse_linears(loaded):
+        checkpoint.pack(loaded)
+    with new_folder(out, overwrite) as new:
+        with meter.stage("save"):
+            checkpoint.write(loaded, new, tokenizer)
+            checkpoint.compare(loaded, checkpoint.load(new, "dense" if packed else "auto", device))
+        result = {
+            "model": str(model), "settings": asdict(settings), "training": asdict(done), "perplexity": {"before": before, "after": after},
+            "text": {"training": _describe(text, windows), "evaluation": _describe(eval_text, measured)},
+            "stages": meter.stages, "versions": report.versions(),
+        }  # fmt: skip
+        (new / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (new / "README.md").write_text(report.recovery_card(result, out.name), encoding="utf-8")
     journal.remove()
     return result
 
@@ -168,24 +214,30 @@ def _texts(recipe: Recipe, tokenizer) -> tuple[torch.Tensor, torch.Tensor | None
 def _journal_key(recipe: Recipe, windows: torch.Tensor, model: PreTrainedModel) -> dict:
     """What the pruned weights depend on: where and how perplexity is measured is not among it."""
     key = recipe.model_dump(exclude={"eval_text", "eval_windows"})
-    first = next(archs.model_linears(model, archs.of(model)))[1].weight
-    return {
-        **key,
-        "calibration tokens": data.fingerprint(windows),
-        "first weight": data.fingerprint(first.detach().float()),
-    }
+    return {**key, "calibration tokens": data.fingerprint(windows), "first weight": _first_weight(model)}
+
+
+def _first_weight(model: PreTrainedModel) -> str:
+    """What tells the model from another one under the same name."""
+    return data.fingerprint(next(archs.model_linears(model, archs.of(model)))[1].weight.detach().float())
 
 
 @torch.no_grad()
 def _measure(
     model: nn.Module, recipe: Recipe, windows: torch.Tensor | None, device: torch.device, progress: Progress
 ) -> dict | None:
+    home = model.get_input_embeddings().weight.device
+    result = _perplexity(model.to(device), recipe.eval_text, windows, recipe.batch_size, progress)
+    model.to(home)
+    return result
+
+
+def _perplexity(
+    model: nn.Module, text: str, windows: torch.Tensor | None, batch_size: int, progress: Progress
+) -> dict | None:
     if windows is None:
         return None
-    home = model.get_input_embeddings().weight.device
-    result = evaluate.perplexity(model.to(device), windows, recipe.batch_size, progress)
-    model.to(home)
-    return {"text": recipe.eval_text, **asdict(result)}
+    return {"text": text, **asdict(evaluate.perplexity(model, windows, batch_size, progress))}
 
 
 def _describe(source: str, windows: torch.Tensor | None) -> dict | None:

@@ -112,3 +112,49 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 {table(list(report["versions"].items()), ("what", "version"))}
 """
+
+
+def recovery_table(report: dict) -> str:
+    """The few numbers a user asks for first, of a recovery."""
+    training, perplexity = report["training"], report["perplexity"]
+    best = min(loss for _, loss in training["validation"])
+    rows = [
+        ("validation loss before", f"{training['validation'][0][1]:.4f}"),
+        (f"best, after {training['best']} of {training['steps']} steps", f"{best:.4f}"),
+        ("as saved, zeros kept", f"{training['merged']:.4f}"),
+    ]
+    for when in ("before", "after"):
+        if found := perplexity[when]:
+            where = f"perplexity {when} on {found['text']} ({found['tokens']:,} tokens, windows of {found['seqlen']})"
+            rows.append((where, f"{found['perplexity']:.2f}"))
+    return table(rows, ("", report["settings"]["method"]))
+
+
+def recovery_card(report: dict, folder: str) -> str:
+    """Markdown with Hugging Face front matter, of a model that was trained after it was pruned."""
+    text, training = report["text"]["training"], report["training"]
+    return f"""---
+base_model: {report["model"]}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [dlpkit, sparse, pruned]
+---
+# {folder}
+
+`{report["model"]}` trained by dlpkit on {training["tokens"]:,} tokens of {text["source"]} (fingerprint {text["fingerprint"]}, seed {report["settings"]["seed"]}),
+{training["trainable"]:,} parameters, every zero kept.
+
+{recovery_table(report)}
+
+## Settings
+
+{table(list(report["settings"].items()), ("what", "value"))}
+
+## Cost
+
+{stage_table(report)}
+
+## Versions
+
+{table(list(report["versions"].items()), ("what", "version"))}
+"""

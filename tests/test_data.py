@@ -42,6 +42,26 @@ def test_evaluation_windows_lie_end_to_end(tokenizer, tmp_path):
     assert len(data.evaluation(tokenizer, str(path), 4, limit=1)) == 1
 
 
+def test_training_windows_follow_those_held_out(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghijklmno")
+    windows, held_out = data.training(tokenizer, str(path), 9, 4, 1)
+    assert (tokenizer.batch_decode(held_out), tokenizer.batch_decode(windows)) == (["abcd"], ["efgh", "ijkl"])
+    assert tokenizer.batch_decode(data.training(tokenizer, str(path), 1, 4, 1)[0]) == ["efgh"]
+    with pytest.raises(ValueError, match="15 tokens, too few to hold out 3 windows of 4"):
+        data.training(tokenizer, str(path), 9, 4, 3)
+    with pytest.raises(ValueError, match="at least one window to train on"):
+        data.training(tokenizer, str(path), 0, 4, 1)
+
+
+def test_training_reads_no_more_documents_than_it_needs(tokenizer, tmp_path):
+    path = tmp_path / "docs.jsonl"
+    path.write_text('{"text": "abc"}\n' * 100)
+    windows, held_out = data.training(tokenizer, str(path), 2, 8, 1)
+    joined = (tokenizer("abc")["input_ids"] + [tokenizer.eos_token_id]) * 6
+    assert torch.cat([held_out, windows]).flatten().tolist() == joined
+
+
 def test_raw_wikitext_is_joined_by_blank_lines(tmp_path, tokenizer):
     path = tmp_path / "wiki.raw"
     path.write_text(" \n = Title = \n \n Some text . \n", newline="\n")

@@ -13,6 +13,15 @@ def test_what_was_kept_comes_back(tmp_path):
     assert (journal.summary(0), journal.block(0), journal.finished_blocks) == (None, None, 1)
 
 
+def test_a_state_is_the_last_one_kept(tmp_path):
+    journal = Journal(tmp_path / "j", {})
+    assert journal.state() is None
+    for step in (1, 2):
+        journal.keep_state({"w": torch.full((2,), float(step))}, {"step": step})
+    tensors, facts = Journal(tmp_path / "j", {}).state()
+    assert (tensors["w"].tolist(), facts) == ([2.0, 2.0], {"step": 2})
+
+
 def test_another_run_is_not_touched_unless_restarted(tmp_path):
     Journal(tmp_path / "j", {"seed": 0, "text": "a"}).keep_summary(0, [1.0])
     with pytest.raises(ValueError, match="another seed: finish that run"):

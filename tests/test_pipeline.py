@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dlpkit import pipeline, recipe
+from dlpkit.recovery import Settings
 
 SMALL = {"nsamples": 4, "seqlen": 32, "eval_windows": 4}
 
@@ -169,3 +170,58 @@ def test_stages_report_time_and_memory(small, tmp_path):
         "generate",
     ]
     assert all(s["seconds"] >= 0 and s["peak_host"] > 10**7 for s in stages)
+
+
+def recovering(folder: Path, out: Path, *more: str) -> list[str]:
+    small = [
+        "--steps=6",
+        "--batch-size=2",
+        "--eval-every=2",
+        "--seqlen=32",
+        "--held-out=2",
+        "--eval-windows=0",
+        "--lr=1e-3",
+    ]
+    return [sys.executable, "-m", "dlpkit", "recover", str(folder), str(out), *small, *more]
+
+
+@pytest.mark.parametrize("method", ["masked", "lora"])
+def test_recover_writes_what_it_trained(method, small, tmp_path):
+    pipeline.run(small, tmp_path / "pruned")
+    settings = Settings(method, steps=6, batch_size=2, eval_every=2, lr=1e-3)
+    result = pipeline.recover(
+        tmp_path / "pruned", tmp_path / "out", settings, seqlen=32, held_out=2, eval_seqlen=32, eval_windows=4
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "out"}
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(result))
+    assert result["perplexity"]["before"]["tokens"] == result["perplexity"]["after"]["tokens"] == 4 * 31
+    assert result["training"]["merged"] < result["training"]["validation"][0][1]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    assert before.keys() == after.keys()
+    kept = [key for key in before if key.endswith(("weight_mask", "weight_offsets"))]
+    assert kept
+    assert all(torch.equal(before[key], after[key]) for key in kept)
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert "zeros kept" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_killed_recovery_resumes_to_the_identical_result(model_folder, tmp_path):
+    subprocess.run(recovering(model_folder, tmp_path / "whole"), check=True, capture_output=True)
+    die = (
+        "import os, sys; from dlpkit import journal; keep = journal.Journal.keep_state\n"
+        "def last(self, tensors, facts):\n    keep(self, tensors, facts)\n    os._exit(9) if facts['done']['steps'] == 4 else None\n"
+        "journal.Journal.keep_state = last\nfrom dlpkit.cli import main; sys.argv = ['dlpkit', *sys.argv[1:]]; main()"
+    )
+    arguments = recovering(model_folder, tmp_path / "out")[3:]
+    assert subprocess.run([sys.executable, "-c", die, *arguments], capture_output=True, check=False).returncode == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.partial", "whole"]
+    other = subprocess.run(
+        [*recovering(model_folder, tmp_path / "out"), "--rank", "4"], capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 2
+    assert "another rank" in other.stderr
+    done = subprocess.run(recovering(model_folder, tmp_path / "out"), check=True, capture_output=True, text=True)
+    assert "as saved, zeros kept" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
