@@ -3,9 +3,10 @@
 Importing it registers the packed checkpoint format with transformers, so that from_pretrained loads it.
 """
 
-from dlpkit.checkpoint import load, pack, save, unpack
+from dlpkit.checkpoint import edit, load, pack, save, unpack
 from dlpkit.data import calibration as calibration_windows
 from dlpkit.data import evaluation as evaluation_windows
+from dlpkit.edits import Drop, Merge
 from dlpkit.evaluate import perplexity
 from dlpkit.patterns import Pattern
 from dlpkit.pipeline import run
@@ -16,9 +17,12 @@ from dlpkit.sparse import SparseLinear
 
 __version__ = "0.1.0"
 __all__ = [
+    "Drop",
+    "Merge",
     "Pattern",
     "SparseLinear",
     "calibration_windows",
+    "edit",
     "evaluation_windows",
     "load",
     "make_recipe",

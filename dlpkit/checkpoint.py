@@ -1,9 +1,9 @@
 """Packed models as plain Hugging Face folders: `import dlpkit` is all that from_pretrained needs.
 
 On disk every pruned Linear X is X.weight (its nonzero values), X.weight_mask and X.weight_offsets (dlpkit.kernels.storage), whatever
-runs later. A quantizer registered with transformers swaps the Linears while the model is still on the meta device, lets
-transformers load the stored tensors, and packs them layer by layer. Without dlpkit the shape of X.weight does not fit, so a plain load
-fails loudly instead of returning random layers.
+runs later. A quantizer registered with transformers makes the edits that a config cannot tell (dlpkit.edits) and swaps the Linears while
+the model is still on the meta device, lets transformers load the stored tensors, and packs them layer by layer. Without dlpkit the
+shape of X.weight does not fit, so a plain load fails loudly instead of returning random layers.
 """
 
 from collections import Counter
@@ -16,6 +16,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dlpkit import edits as structural
+from dlpkit.edits import Edit
 from dlpkit.folders import new_folder
 from dlpkit.kernels import dispatch, formats
 from dlpkit.models import load_model, read_config
@@ -34,11 +36,15 @@ logger = logging.get_logger(__name__)
 
 @register_quantization_config(METHOD)
 class DlpkitConfig(QuantizationConfigMixin):
-    """quantization_config of a packed model. modules: [N, K, nonzero values] of every packed Linear by name. runtime: a format or "auto"."""
+    """quantization_config of a packed or edited model.
+
+    modules: [N, K, nonzero values] of every packed Linear by name. edits: dlpkit.edits as dicts. runtime: a format or "auto".
+    """
 
     def __init__(
         self,
         modules: dict[str, list[int]] | None = None,
+        edits: list[dict] | None = None,
         format_version: int = FORMAT_VERSION,
         runtime: str = "auto",
         **kwargs,
@@ -49,23 +55,31 @@ class DlpkitConfig(QuantizationConfigMixin):
             )
         if runtime != "auto" and runtime not in formats.names():
             raise ValueError(f"runtime is 'auto' or one of {', '.join(formats.names())}, got {runtime!r}")
+        if not isinstance(edits or [], list):
+            raise ValueError(f"config.json: edits are a list, got {edits!r}; the file is damaged")
         self.quant_method = METHOD
         self.format_version = format_version
         self.modules = modules or {}
+        self.edits = edits or []
         self.runtime = runtime
 
     def to_dict(self) -> dict:
         """What config.json says. The runtime format is not among it: it belongs to the device that loads."""
-        return {"quant_method": METHOD, "format_version": self.format_version, "modules": self.modules}
+        told = {"quant_method": METHOD, "format_version": self.format_version, "modules": self.modules}
+        return told | ({"edits": self.edits} if self.edits else {})
 
 
 @register_quantizer(METHOD)
 class DlpkitQuantizer(HfQuantizer):
-    """transformers' hooks around loading and saving. It loads packed checkpoints and never compresses on the fly."""
+    """transformers' hooks around loading and saving. It loads packed and edited checkpoints and never compresses on the fly."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
+        try:
+            structural.apply(model, [structural.from_dict(edit) for edit in self.quantization_config.edits])
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}; the file is damaged") from error
         for name, facts in self.quantization_config.modules.items():
             linear = _linear(model, name)
             N, K, nnz = facts if isinstance(facts, list) and len(facts) == 3 else (None, None, None)
@@ -83,7 +97,7 @@ class DlpkitQuantizer(HfQuantizer):
                 )
         pack_stored(model, self.quantization_config.runtime)
         wins, reason = dispatch.available(next(model.parameters()).device)
-        if self.quantization_config.runtime == "auto" and not wins:
+        if self.quantization_config.modules and self.quantization_config.runtime == "auto" and not wins:
             logger.warning_once(f"dlpkit: {reason}")
         counts = Counter(sparse.format for sparse in sparse_linears(model).values())
         logger.info(f"dlpkit: packed Linears by format: {dict(counts)}")
@@ -105,19 +119,24 @@ def pack(model: PreTrainedModel, format: str = "auto") -> PreTrainedModel:
 
     Raises ValueError for an unknown format, or for one that the zeros do not fit ("nm" of an unstructured weight).
     """
-    packed = pack_linears(model, format)
-    config = DlpkitConfig({name: [*sparse.shape, sparse.nnz()] for name, sparse in packed.items()})
-    model.config.quantization_config, model.hf_quantizer = config, DlpkitQuantizer(config)
-    model.is_quantized, model.quantization_method = True, METHOD
-    return model
+    pack_linears(model, format)
+    return _described(model)
 
 
 def unpack(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a packed model an ordinary dense one with the same weights, in place."""
+    """Make a packed model a dense one with the same weights, in place."""
     unpack_linears(model)
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    return model
+    return _described(model)
+
+
+def edit(model: PreTrainedModel, edits: list[Edit]) -> PreTrainedModel:
+    """Drop or merge layers of a causal LM in place, so that save_pretrained writes what loads as it is.
+
+    A model that has only lost or merged whole layers stays an ordinary one and loads without dlpkit. Raises ValueError, before any
+    change, for edits that do not fit the model or one another.
+    """
+    structural.apply(model, edits)
+    return _described(model)
 
 
 def save(
@@ -171,6 +190,19 @@ def load(
             f"{name} is not packed, so it has no runtime format to choose: pack it first with `dlpkit pack`"
         )
     return load_model(name, config, dtype, device)
+
+
+def _described(model: PreTrainedModel) -> PreTrainedModel:
+    """Have the model's config say what it holds that an ordinary one does not, or nothing."""
+    modules = {name: [*sparse.shape, sparse.nnz()] for name, sparse in sparse_linears(model).items()}
+    edits = [structural.to_dict(edit) for edit in structural.residue(model)]
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    if modules or edits:
+        config = DlpkitConfig(modules, edits)
+        model.config.quantization_config, model.hf_quantizer = config, DlpkitQuantizer(config)
+        model.is_quantized, model.quantization_method = True, METHOD
+    return model
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -15,6 +15,7 @@ from dlpkit.kernels.runtime import default_device
 
 def inspect(folder: str | Path) -> dict:
     """What a model folder holds, from its config and file headers. linears: name, shape, kept, sparsity, bytes of each packed Linear.
+    edits: the halves of layers that are gone.
 
     Raises ValueError when the folder is not a model, or when a file is damaged.
     """
@@ -29,11 +30,14 @@ def inspect(folder: str | Path) -> dict:
     headers: dict[str, tuple[list[int], str]] = {}
     for file in files:
         headers |= _header(file)
-    packed = (config.get("quantization_config") or {}).get("quant_method") == METHOD
-    modules = config["quantization_config"].get("modules", {}) if packed else {}
+    ours = config.get("quantization_config") or {}
+    if ours.get("quant_method") != METHOD:
+        ours = {}
+    modules = ours.get("modules", {})
     return {
         "model_type": config.get("model_type"),
-        "packed": packed,
+        "packed": bool(modules),
+        "edits": ours.get("edits", []),
         "files": {file.name: file.stat().st_size for file in files},
         "tensors": len(headers),
         "linears": [_linear(name, modules[name], headers) for name in sorted(modules, key=_numbered)],

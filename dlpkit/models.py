@@ -63,7 +63,8 @@ def load_dense(name: str | Path, dtype: str = "auto") -> PreTrainedModel:
             f"{name} is a {config.model_type!r} model: dlpkit prunes the causal LMs {', '.join(archs.names())}. "
             "A new one is one file of attribute paths in dlpkit/archs/"
         )
-    if getattr(config, "quantization_config", None):
+    compressed = getattr(config, "quantization_config", None)
+    if compressed and (compressed.get("quant_method") != "dlpkit" or compressed.get("modules")):
         raise ValueError(
             f"{name} is quantized or packed already: prune the dense model it was made from, or unpack it with `dlpkit pack --to dense`"
         )

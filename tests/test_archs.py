@@ -19,7 +19,7 @@ def test_paths_fit_the_model(kind):
     for block in blocks:
         in_block = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         assert set(archs.linears(block, arch)) == in_block
-        for path in (arch.attn, arch.mlp, *arch.norms):
+        for path in (arch.attn, arch.mlp, *arch.attn_norms, *arch.mlp_norms):
             block.get_submodule(path)
 
 

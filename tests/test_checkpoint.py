@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import random_sparse, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import dlpkit
-from dlpkit import archs, checkpoint
+from dlpkit import archs, checkpoint, edits
+from dlpkit.edits import Drop, Merge
 from dlpkit.folders import folder_bytes
 from dlpkit.kernels import formats, storage
 from dlpkit.packing import sparse_linears
@@ -57,6 +58,82 @@ def test_every_architecture_comes_back_bit_for_bit(kind, tokens, tmp_path):
     dense, unpacked = (load_file(tmp_path / which / "model.safetensors") for which in ("dense", "unpacked"))
     assert dense.keys() == unpacked.keys()
     assert all(torch.equal(dense[key], unpacked[key]) for key in dense)
+
+
+HOLES = [Drop(0, "attn"), Drop(2, "mlp")]
+
+
+def shorter(kind="llama", seed=0):
+    return tiny_model(kind, torch.bfloat16, num_hidden_layers=4, seed=seed)
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("kind", archs.names())
+def test_dropped_halves_come_back_bit_for_bit(kind, packs, tokens, tmp_path):
+    model = dlpkit.edit(shorter(kind), [*HOLES, Drop(1, "layer")])
+    if packs:
+        for i, (_, linear) in enumerate(archs.model_linears(model, archs.of(model))):
+            linear.weight.data.mul_(random_sparse(*linear.weight.shape, 0.6, seed=i) != 0)
+        dlpkit.pack(model)
+    expected = model(tokens).logits
+    dlpkit.save(model, tmp_path / "edited")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype="auto")
+    assert bool(sparse_linears(again)) == packs
+    assert torch.equal(again(tokens).logits, expected)
+    assert edits.residue(again) == [Drop(0, "attn"), Drop(1, "mlp")]
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 256, "eos_token_id": None}
+    assert torch.equal(again.generate(tokens, **how), again.generate(tokens, use_cache=False, **how))
+    again.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "edited" / name).read_bytes()
+    # what transformers does, with a warning, for a quant_method that nobody registered
+    config = AutoConfig.from_pretrained(tmp_path / "edited")
+    del config.quantization_config
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "edited", config=config)
+
+
+WITHOUT_DLPKIT = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+tokens = torch.load(sys.argv[2])
+torch.save({"logits": model(tokens).logits, "text": model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None)}, sys.argv[3])
+assert "dlpkit" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "wanted", [[Drop(1, "layer")], [Merge(1, 2)], [Drop(0, "layer"), Merge(1, 3, "average")]], ids=str
+)
+def test_removed_and_merged_layers_load_without_dlpkit(wanted, tokens, tmp_path):
+    for kind in ("llama", "gemma2", "opt"):
+        model = dlpkit.edit(shorter(kind), wanted)
+        dlpkit.save(model, tmp_path / kind)
+        assert "quantization_config" not in json.loads((tmp_path / kind / "config.json").read_text())
+        torch.save(tokens, tmp_path / "tokens.pt")
+        subprocess.run(
+            [sys.executable, "-c", WITHOUT_DLPKIT, tmp_path / kind, tmp_path / "tokens.pt", tmp_path / "found.pt"],
+            check=True,
+        )
+        found = torch.load(tmp_path / "found.pt")
+        assert torch.equal(found["logits"], model(tokens).logits)
+        how = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(found["text"], model.generate(tokens, **how))
+
+
+def test_an_edited_model_can_be_edited_and_unpacked(tokens, tmp_path):
+    dlpkit.save(dlpkit.pack(dlpkit.edit(shorter(), HOLES)), tmp_path / "packed")
+    model = dlpkit.unpack(dlpkit.load(tmp_path / "packed"))
+    dlpkit.edit(model, [Drop(1, "layer")])
+    assert model.config.quantization_config.to_dict()["edits"] == [
+        {"kind": "drop", "layer": 0, "part": "attn"},
+        {"kind": "drop", "layer": 1, "part": "mlp"},
+    ]
+    dlpkit.save(model, tmp_path / "dense")
+    assert torch.equal(dlpkit.load(tmp_path / "dense")(tokens).logits, model(tokens).logits)
+    dlpkit.edit(model, [Drop(0, "layer"), Drop(1, "layer")])
+    assert not hasattr(model.config, "quantization_config")
 
 
 @pytest.mark.parametrize("runtime", [name for name in formats.names() if name != "nm"])
@@ -138,6 +215,9 @@ def test_truncated_file_is_refused(folder, tmp_path):
         (lambda q: q["modules"].update({"model.layers.0.mlp.up_proj": [95, 64, 10]}), "is damaged"),
         (lambda q: q["modules"].update({"model.layers.0.mlp.up_proj": "all"}), "is damaged"),
         (lambda q: q.update(format_version=2), "format version 2, this dlpkit reads 1"),
+        (lambda q: q.update(edits="none"), "edits are a list, got 'none'"),
+        (lambda q: q.update(edits=[{"kind": "fold"}]), "an edit is one of drop, merge"),
+        (lambda q: q.update(edits=[{"kind": "drop", "layer": 7, "part": "mlp"}]), "has no mlp in layer 7; the file"),
     ],
 )
 def test_damaged_config_is_refused(edit, message, folder, tmp_path):

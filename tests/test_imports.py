@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "progress", "folders", "journal", "patterns", "archs", "models", "data", "calibration", "evaluate", "criteria", "allocation",
+    "progress", "folders", "journal", "patterns", "archs", "edits", "models", "data", "calibration", "evaluate", "criteria", "allocation",
     "pruning", "recipe", "sparse", "packing", "adapters", "recovery", "checkpoint", "report", "pipeline", "inspection", "bench", "console",
     "cli", "__main__", "__init__",
 ]  # fmt: skip

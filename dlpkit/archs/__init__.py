@@ -20,7 +20,8 @@ class Arch:
     attn_out: str
     mlp_in: tuple[str, ...]
     mlp_out: str
-    norms: tuple[str, ...]
+    attn_norms: tuple[str, ...]  # before and after the attention
+    mlp_norms: tuple[str, ...]
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The Linears of a block in the order they run, those that read the same input together."""

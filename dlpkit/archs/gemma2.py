@@ -6,5 +6,6 @@ from dlpkit.archs import llama
 
 ARCH = replace(
     llama.ARCH,
-    norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    attn_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )

@@ -10,5 +10,6 @@ ARCH = Arch(
     attn_out="attention.dense",
     mlp_in=("mlp.dense_h_to_4h",),
     mlp_out="mlp.dense_4h_to_h",
-    norms=("input_layernorm", "post_attention_layernorm"),
+    attn_norms=("input_layernorm",),
+    mlp_norms=("post_attention_layernorm",),
 )

@@ -10,5 +10,6 @@ ARCH = Arch(
     attn_out="self_attn.o_proj",
     mlp_in=("mlp.gate_proj", "mlp.up_proj"),
     mlp_out="mlp.down_proj",
-    norms=("input_layernorm", "post_attention_layernorm"),
+    attn_norms=("input_layernorm",),
+    mlp_norms=("post_attention_layernorm",),
 )

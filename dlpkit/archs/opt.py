@@ -10,5 +10,6 @@ ARCH = Arch(
     attn_out="self_attn.out_proj",
     mlp_in=("fc1",),
     mlp_out="fc2",
-    norms=("self_attn_layer_norm", "final_layer_norm"),
+    attn_norms=("self_attn_layer_norm",),
+    mlp_norms=("final_layer_norm",),
 )

@@ -1,0 +1,284 @@
+"""What is cut out of a model, as values: apply them for good, or try them inside a `with`, without copying a weight.
+
+Every edit of one list names layers by their numbers in the model as it is before any of them. A kind of edit is a frozen dataclass that
+says which halves of layers it `needs` and `takes`, an entry in KINDS, and a function in APPLY that changes blocks; what is left is renumbered once.
+Removed and merged layers leave an ordinary, shorter model. A layer without attention or MLP is one that transformers cannot be told about:
+`residue` reads such edits off a model, and a checkpoint carries them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+
+from dlpkit import archs
+from dlpkit.archs import Arch
+
+PARTS = ("attn", "mlp", "layer")
+RULES = ("replace", "sum", "average", "delete")
+Half = tuple[int, str]  # (layer, "attn" or "mlp")
+
+
+def halves(layers: Iterable[int]) -> set[Half]:
+    return {(layer, part) for layer in layers for part in ("attn", "mlp")}
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Remove the attention, the MLP, or all of a layer, with the norms of what goes: the residual stream passes it by."""
+
+    layer: int
+    part: str
+
+    def __post_init__(self):
+        _whole(self.layer)
+        if self.part not in PARTS:
+            raise ValueError(f"a Drop removes {', '.join(PARTS)}, got {self.part!r}")
+
+    @property
+    def takes(self) -> set[Half]:
+        return halves([self.layer]) if self.part == "layer" else {(self.layer, self.part)}
+
+    @property
+    def needs(self) -> set[Half]:
+        return set() if self.part == "layer" else self.takes
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Make layers low..high one, in the place of `low` and with its norms (arXiv:2502.19159). Its Linears, by `rule`:
+
+    replace: those of `high`, as the released code does. sum: W_low + sum over k of (W_k - W_low), as published. average: the mean of
+    all. delete: those of `low`.
+    """
+
+    low: int
+    high: int
+    rule: str = "replace"
+
+    def __post_init__(self):
+        _whole(self.low, self.high)
+        if self.low >= self.high or self.rule not in RULES:
+            raise ValueError(f"a Merge wants low < high and a rule of {', '.join(RULES)}, got {self}")
+
+    @property
+    def takes(self) -> set[Half]:
+        return halves(range(self.low + 1, self.high + 1))
+
+    @property
+    def needs(self) -> set[Half]:
+        return halves(range(self.low, self.high + 1))
+
+
+Edit = Drop | Merge
+KINDS: dict[str, type] = {"drop": Drop, "merge": Merge}
+
+
+def to_dict(edit: Edit) -> dict:
+    """As JSON: {"kind": "drop", "layer": 3, "part": "attn"}."""
+    return {"kind": next(name for name, kind in KINDS.items() if kind is type(edit)), **asdict(edit)}
+
+
+def from_dict(values: object) -> Edit:
+    """The inverse of `to_dict`. Raises ValueError for anything that it could not have written."""
+    kind = KINDS.get(values.get("kind")) if isinstance(values, dict) else None
+    if kind is None or {field.name for field in fields(kind)} != set(values) - {"kind"}:
+        raise ValueError(f"an edit is one of {', '.join(KINDS)} with all of its fields, got {values!r}")
+    return kind(**{name: value for name, value in values.items() if name != "kind"})
+
+
+def apply(model: nn.Module, edits: list[Edit]) -> None:
+    """Edit a causal LM in place and renumber its layers. Raises ValueError, before any change, for edits that do not fit it or one another.
+
+    Caches stay dense: they are numbered over the layers that have attention, and the others hold none.
+    """
+    arch = archs.of(model)
+    left = _left(model, arch, edits)
+    for edit in edits:
+        APPLY[type(edit)](archs.blocks(model, arch), arch, edit)
+    _renumber(model, arch, sorted({layer for layer, _ in left}))
+
+
+@contextmanager
+def trial(model: nn.Module, edits: list[Edit]) -> Iterator[nn.Module]:
+    """The model with `edits` applied while the block runs, and exactly as it was after. Only "sum" and "average" make new weights."""
+    arch = archs.of(model)
+    modules = [model.get_submodule(arch.blocks.rpartition(".")[0]), *archs.blocks(model, arch).modules()]
+    before = {module: _shallow(module) for module in modules}
+    config = dict(model.config.__dict__)
+    try:
+        apply(model, edits)
+        yield model
+    finally:
+        for module, state in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(state)
+        model.config.__dict__.clear()
+        model.config.__dict__.update(config)
+
+
+def residue(model: nn.Module) -> list[Edit]:
+    """The edits that a model bears and its config cannot tell: those that a checkpoint has to carry, in the model's own numbers."""
+    arch = archs.of(model)
+    gone = halves(range(len(archs.blocks(model, arch)))) - present(model, arch)
+    return [Drop(layer, part) for layer, part in sorted(gone)]
+
+
+def present(model: nn.Module, arch: Arch) -> set[Half]:
+    """The halves of layers that the model has."""
+    blocks = archs.blocks(model, arch)
+    return {(layer, part) for layer, part in halves(range(len(blocks))) if has(blocks[layer], arch, part)}
+
+
+def has(block: nn.Module, arch: Arch, part: str) -> bool:
+    """Whether a block still has its attention ("attn") or its MLP ("mlp")."""
+    return not isinstance(block.get_submodule(arch.attn_out if part == "attn" else arch.mlp_out), Zero)
+
+
+class Zero(nn.Module):
+    """Stands where the last Linear of a dropped branch stood and answers 0, which the residual stream adds.
+
+    The zero is stored as that Linear's weight: a load without dlpkit finds [1] instead of [N, K] and fails, instead of making up a layer.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("weight", linear.weight.new_zeros(1))
+
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight
+
+
+class NoAttention(nn.Module):
+    """An attention that is gone: takes whatever a block gives it, adds zero, has no weights to show and touches no cache."""
+
+    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, None]:
+        return next(self.buffers()), None
+
+
+class NoMLP(nn.Module):
+    """An MLP that is gone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return next(self.buffers())
+
+
+def _drop(blocks: nn.ModuleList, arch: Arch, edit: Drop) -> None:
+    block = blocks[edit.layer]
+    if edit.part == "layer":
+        return  # it is left out of the list as a whole
+    if edit.part == "attn":
+        _hollow(block, arch.attn, NoAttention(), arch.attn_out)
+    elif arch.mlp:
+        _hollow(block, arch.mlp, NoMLP(), arch.mlp_out)
+    else:
+        for name in arch.mlp_in:
+            block.set_submodule(name, nn.Identity())
+        block.set_submodule(arch.mlp_out, Zero(block.get_submodule(arch.mlp_out)))
+    for name in arch.attn_norms if edit.part == "attn" else arch.mlp_norms:
+        block.set_submodule(name, nn.Identity())
+
+
+def _hollow(block: nn.Module, path: str, empty: nn.Module, out: str) -> None:
+    """Put `empty` at `path`, with the Zero of the Linear `out` where that was, and the settings that a block may ask for (is_sliding)."""
+    plain = (bool, int, float, str, type(None))
+    settings = {name: value for name, value in vars(block.get_submodule(path)).items() if isinstance(value, plain)}
+    empty.__dict__.update(settings)
+    empty.add_module(out.removeprefix(f"{path}."), Zero(block.get_submodule(out)))
+    block.set_submodule(path, empty)
+
+
+def _merge(blocks: nn.ModuleList, arch: Arch, edit: Merge) -> None:
+    low = blocks[edit.low]
+    for name in archs.linears(low, arch):
+        linears = [block.get_submodule(name) for block in blocks[edit.low : edit.high + 1]]
+        low.set_submodule(name, _merged(linears, edit.rule))
+
+
+def _merged(linears: list[nn.Linear], rule: str) -> nn.Linear:
+    if rule in ("replace", "delete"):
+        return linears[-1] if rule == "replace" else linears[0]
+    made = nn.Linear(linears[0].in_features, linears[0].out_features, linears[0].bias is not None, device="meta")
+    for name, parameter in linears[0].named_parameters():
+        base = parameter.detach().float()
+        others = [linear.get_parameter(name).detach().float() for linear in linears[1:]]
+        total = base + sum(other - base for other in others)
+        if rule == "average":
+            total = (base + sum(others)) / len(linears)
+        setattr(made, name, nn.Parameter(total.to(parameter.dtype), requires_grad=parameter.requires_grad))
+    return made
+
+
+APPLY: dict[type, Callable[[nn.ModuleList, Arch, Edit], None]] = {Drop: _drop, Merge: _merge}
+
+
+def _left(model: nn.Module, arch: Arch, edits: list[Edit]) -> set[Half]:
+    """What the edits leave. Raises ValueError for layers that are not there, edits in one another's way, or a cache that nothing fills."""
+    there = present(model, arch)
+    for edit in edits:
+        if missing := edit.needs - there:
+            raise ValueError(f"{edit} does not fit the model, which has no {_told(missing)}")
+        for other in edits:
+            if other is not edit and (other == edit or edit.needs & other.takes):
+                raise ValueError(f"{edit} and {other} are in each other's way")
+    if unknown := {layer for edit in edits for layer, _ in edit.takes} - {layer for layer, _ in there}:
+        raise ValueError(f"the edits name layers {sorted(unknown)}, which the model does not have")
+    left = there - set().union(*(edit.takes for edit in edits))
+    types = _cache_types(model, len(archs.blocks(model, arch)))
+    with_attention = {types[layer] for layer, part in left if part == "attn"}
+    if not with_attention or with_attention < {types[layer] for layer, _ in left}:
+        raise ValueError(
+            "the edits leave no attention, or none of a kind that the model's cache is laid out for: keep one of each kind"
+        )
+    return left
+
+
+def _told(found: set[Half]) -> str:
+    return ", ".join(f"{part} in layer {layer}" for layer, part in sorted(found))
+
+
+def _renumber(model: nn.Module, arch: Arch, kept: list[int]) -> None:
+    """Keep those blocks, and number them anew where blocks, attentions and the config say which is which."""
+    blocks = archs.blocks(model, arch)
+    if len(kept) < len(blocks):
+        model.set_submodule(arch.blocks, nn.ModuleList(blocks[index] for index in kept))
+        model.config.num_hidden_layers = len(kept)
+        if getattr(model.config, "layer_types", None) is not None:
+            model.config.layer_types = [model.config.layer_types[index] for index in kept]
+    blocks = archs.blocks(model, arch)
+    for index, (block, slot) in enumerate(zip(blocks, _cache_slots(model, blocks, arch), strict=True)):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index if module is block else slot
+
+
+def _cache_slots(model: nn.Module, blocks: nn.ModuleList, arch: Arch) -> list[int]:
+    """Which layer of a cache each block's attention fills.
+
+    A cache asks its first layer, and in models that mix full and sliding attention its first of each kind, how far it is. So of each
+    kind the blocks that have attention come first.
+    """
+    types = _cache_types(model, len(blocks))
+    slots = [0] * len(blocks)
+    for kind in set(types):
+        members = [index for index, other in enumerate(types) if other == kind]
+        ordered = sorted(members, key=lambda index: not has(blocks[index], arch, "attn"))
+        for slot, index in zip(members, ordered, strict=True):
+            slots[index] = slot
+    return slots
+
+
+def _cache_types(model: nn.Module, count: int) -> list[str]:
+    return getattr(model.config, "layer_types", None) or ["full_attention"] * count
+
+
+def _shallow(module: nn.Module) -> dict:
+    """The module's attributes, with its tables of modules, parameters and buffers copied."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+
+
+def _whole(*numbers: object) -> None:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"layers are counted from 0 in whole numbers, got {', '.join(map(repr, numbers))}")
