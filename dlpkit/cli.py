@@ -155,16 +155,25 @@ def evaluate_(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    tokens: Annotated[int, typer.Option(help="New tokens.")] = 64,
+    prompts: Annotated[list[str], typer.Argument(help="Text to go on from; several are one batch.")],
+    tokens: Annotated[int, typer.Option(help="New tokens, at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest that have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    compile: Annotated[bool, typer.Option(help="On a GPU, compile the blocks first.")] = True,
     device: Device = None, runtime: Runtime = "auto",
 ):  # fmt: skip
-    """Go on from a prompt."""
+    """Go on from a prompt, printed as it comes, or from several at once."""
     from dlpkit import pipeline
+    from dlpkit.generation import Sampling
 
-    print(pipeline.generate_text(model, prompt, tokens, temperature, seed, device, runtime))
+    sampling, alone = Sampling(temperature, top_k, top_p, seed), len(prompts) == 1
+    texts = pipeline.generate_text(
+        model, prompts, tokens, sampling, device, runtime, compile, stream=alone, notice=lambda text: print(text, file=sys.stderr)
+    )  # fmt: skip
+    if not alone:
+        print("\n\n".join(texts))
 
 
 @app.command()

@@ -3,17 +3,18 @@
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TextStreamer
 
-from dlpkit import archs, checkpoint, data, evaluate, models, recovery, report
+from dlpkit import archs, checkpoint, data, evaluate, generation, models, recovery, report
 from dlpkit.folders import check_free, new_folder
+from dlpkit.generation import GREEDY, Sampling
 from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
 from dlpkit.kernels.storage import stored_bytes
@@ -67,7 +68,7 @@ def run(
         with meter.stage("evaluate pruned"):
             after = _measure(again, recipe, held_out, device, progress)
         with meter.stage("generate"):
-            sample = generate(again, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+            [sample] = generation.generate_text(again, tokenizer, [SAMPLE_PROMPT], SAMPLE_TOKENS, compile=False)
         result = {
             "recipe": recipe.model_dump(),
             "sparsity": pruned.sparsity,
@@ -163,31 +164,13 @@ def evaluate_model(
 
 
 def generate_text(
-    model: str | Path, prompt: str, tokens: int = 64, temperature: float = 0.0, seed: int = 0,
-    device: str | None = None, runtime: str = "auto",
-) -> str:  # fmt: skip
-    """The prompt and up to `tokens` more tokens; greedy at temperature 0."""
-    if tokens < 1 or temperature < 0:
-        raise ValueError(
-            f"generation wants at least one token and a temperature of 0 or more, got {tokens} and {temperature}"
-        )
-    if not prompt:
-        raise ValueError("the prompt is empty: give some text to go on from")
+    model: str | Path, prompts: list[str], tokens: int = 64, sampling: Sampling = GREEDY, device: str | None = None,
+    runtime: str = "auto", compile: bool = True, stream: bool = False, notice: Callable[[str], None] = print,
+) -> list[str]:  # fmt: skip
+    """Prompts -> each with up to `tokens` more tokens. stream: print the text of a single prompt as it comes. notice: hears why decoding is slow."""
     tokenizer, loaded = models.load_tokenizer(model), checkpoint.load(model, runtime, default_device(device))
-    torch.manual_seed(seed)
-    how = {"do_sample": True, "temperature": temperature} if temperature else {}
-    return generate(loaded, tokenizer, prompt, tokens, **how)
-
-
-def generate(model: PreTrainedModel, tokenizer, prompt: str, tokens: int, **how) -> str:
-    """The prompt and up to `tokens` more tokens of text; greedy unless `how`, the options of transformers' generate, says otherwise."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.get_input_embeddings().weight.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-        **{"max_new_tokens": tokens, "pad_token_id": pad, "do_sample": False, **how},
-    )  # fmt: skip
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    return generation.generate_text(loaded, tokenizer, prompts, tokens, sampling, compile, streamer, notice)
 
 
 def _file_bytes(folder: Path) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_sparse, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import dlpkit
 from dlpkit import archs, checkpoint, edits
@@ -147,18 +147,40 @@ def test_runtime_formats_agree_and_save_the_same_bytes(runtime, folder, tokens, 
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_generate_equals_the_dense_model(cache, folder, tokens):
-    how = {
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "cache_implementation": cache,
-        "pad_token_id": 256,
-        "eos_token_id": None,
-    }
-    prompt = tokens[:2, :7]
-    expected = dlpkit.unpack(dlpkit.load(folder)).generate(prompt, attention_mask=torch.ones_like(prompt), **how)
-    assert torch.equal(dlpkit.load(folder).generate(prompt, attention_mask=torch.ones_like(prompt), **how), expected)
+def compiled():
+    """What transformers does by itself on a GPU: the decoding step under torch.compile, whole or not at all."""
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict,
+        lambda: {"cache_implementation": "static"},
+        compiled,
+        lambda: {"assistant_model": tiny_model("llama", torch.bfloat16)},
+        lambda: {"prompt_lookup_num_tokens": 2},
+        lambda: {"num_beams": 2},
+    ],
+    ids=["dynamic", "static", "compiled", "assisted", "lookup", "beams"],
+)
+def test_generate_equals_the_dense_model(how, folder, tokens):
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256}
+    prompt = tokens[:1, :7]
+    expected, found = (
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **options, **how())
+        for model in (dlpkit.unpack(dlpkit.load(folder)), dlpkit.load(folder))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_a_packed_model_drafts_for_its_dense_one(folder, tokens):
+    dense, prompt = dlpkit.unpack(dlpkit.load(folder)), tokens[:1, :7]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256, "attention_mask": torch.ones_like(prompt)}
+    expected = dense.generate(prompt, **options)
+    assert torch.equal(dense.generate(prompt, assistant_model=dlpkit.load(folder), **options), expected)
 
 
 def test_without_dlpkit_the_load_fails_loudly(folder):

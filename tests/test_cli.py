@@ -95,7 +95,11 @@ def test_pack_eval_generate_inspect(run, packed, tmp_path):
         json.loads(run("eval", folder, "--seqlen", 32, "--windows", 2).out) for folder in (packed, tmp_path / "dense")
     ]
     assert results[0]["perplexity"] == results[1]["perplexity"]
-    assert run("generate", packed, "Once", "--tokens", 3).out.startswith("Once")
+    once = run("generate", packed, "Once", "--tokens", 3, "--temperature", 2, "--top-k", 5, "--top-p", 0.9, "--seed", 1)
+    assert once.out.startswith("Once")
+    assert "decoded eager: CUDA graphs want" in once.err
+    assert run("generate", packed, "Once", "upon a time", "--tokens", 3).out.count("\n\n") == 1
+    assert "temperature above 0" in run("generate", packed, "Once", "--top-k", 5).err
     shown = run("inspect", packed)
     assert "| model.layers.2.mlp.down_proj | 64 x 96 | 0.5000 |" in shown.out
     assert "llama, packed" in shown.out

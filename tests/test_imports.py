@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "progress", "folders", "journal", "patterns", "archs", "edits", "models", "data", "calibration", "evaluate", "criteria", "allocation",
-    "pruning", "recipe", "sparse", "packing", "adapters", "recovery", "checkpoint", "report", "pipeline", "inspection", "bench", "console",
+    "pruning", "recipe", "sparse", "packing", "static_cache", "generation", "adapters", "recovery", "checkpoint", "report", "pipeline", "inspection", "bench", "console",
     "cli", "__main__", "__init__",
 ]  # fmt: skip
 

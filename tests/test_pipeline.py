@@ -145,17 +145,20 @@ def test_convert_there_and_back(small, model_folder, tmp_path):
             pipeline.convert(tmp_path / source, tmp_path / "no", to=to)
 
 
-def test_generate_continues_the_prompt(small, tmp_path):
+def test_generate_continues_the_prompts(small, tmp_path):
     pipeline.run(small, tmp_path / "out")
-    texts = {
-        pipeline.generate_text(tmp_path / "out", "abc", tokens=5, temperature=t, seed=s) for t, s in [(0, 0), (0, 1)]
-    }
-    assert len(texts) == 1
-    assert texts.pop().startswith("abc")
+    said = []
+    together = pipeline.generate_text(tmp_path / "out", ["abc", "a longer one"], tokens=5, notice=said.append)
+    alone = [
+        pipeline.generate_text(tmp_path / "out", [prompt], 5, notice=said.append)[0]
+        for prompt in ("abc", "a longer one")
+    ]
+    assert together == alone
+    assert together[0].startswith("abc")
+    assert len(said) == 3
+    assert "model is on cpu" in said[0]
     with pytest.raises(ValueError, match="prompt is empty"):
-        pipeline.generate_text(tmp_path / "out", "")
-    with pytest.raises(ValueError, match="temperature of 0 or more"):
-        pipeline.generate_text(tmp_path / "out", "abc", temperature=-1)
+        pipeline.generate_text(tmp_path / "out", [""])
 
 
 def test_stages_report_time_and_memory(small, tmp_path):

