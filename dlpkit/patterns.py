@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from dlpkit.kernels.select import Cut, all_but, share
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -47,6 +49,10 @@ class Pattern:
         if self.m:
             return Pattern.parse(f"{round((1 - sparsity) * self.m)}:{self.m}")
         return Pattern(sparsity, block=self.block)
+
+    def cut(self, shape: tuple[int, int], per: str) -> Cut:
+        """What goes from an [N, K] weight whose scores are compared per "row" or per "matrix", where the pattern leaves that open."""
+        return all_but(shape, self.n, self.m) if self.m else share(shape, self.sparsity, per, self.block)
 
     def check(self, K: int, name: str) -> None:
         """Raise ValueError if a weight with K inputs cannot follow the pattern."""

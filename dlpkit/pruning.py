@@ -20,8 +20,8 @@ from dlpkit.archs import Arch
 from dlpkit.calibration import Stats, Stream
 from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
-from dlpkit.kernels.score import score as norm_score
-from dlpkit.kernels.select import select, select_nm
+from dlpkit.kernels.score import Scores
+from dlpkit.kernels.select import zero_
 from dlpkit.patterns import Pattern
 from dlpkit.progress import Progress, silent
 
@@ -165,12 +165,9 @@ def apply(
         if kept is None:
             stats = stream.stats(index, method.NEEDS) if stream else {}
             for name, linear in linears.items():
-                home = linear.weight.device
                 weight = linear.weight.detach().to(device)
-                zeroed = prune_weight(
-                    weight, stats.get(name), method, patterns[index][name], f"{arch.blocks}.{index}.{name}"
-                )
-                linear.weight.data.copy_(zeroed.to(home))
+                prune_(weight, stats.get(name), method, patterns[index][name], f"{arch.blocks}.{index}.{name}")
+                linear.weight.data.copy_(weight)
             if journal:
                 journal.keep_block(index, {name: linear.weight for name, linear in linears.items()})
         else:
@@ -189,32 +186,30 @@ def apply(
     return done
 
 
-def prune_weight(
-    weight: torch.Tensor, stats: Stats | None, method: ModuleType, pattern: Pattern, name: str
-) -> torch.Tensor:
-    """[N, K] -> [N, K] with zeros by `pattern`: repaired by the criterion's `solve` if it has one, else selected by its scores."""
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{name} holds NaN or Inf weights: the checkpoint is damaged")
-    if hasattr(method, "solve"):
-        return method.solve(weight, stats, pattern)
-    score = method.score(weight, stats)
-    if pattern.m:
-        keep = select_nm(score, pattern.n, pattern.m)
-    else:
-        keep = select(score, pattern.sparsity, per=method.PER, block=pattern.block)
-    return weight.masked_fill(~keep, 0.0)
+def prune_(weight: torch.Tensor, stats: Stats | None, method: ModuleType, pattern: Pattern, name: str) -> None:
+    """Zero an [N, K] weight by `pattern` in place: repaired by the criterion's `solve` if it has one, else selected by its scores.
+
+    Raises ValueError, naming the Linear, for a weight that is not finite or that the criterion cannot prune.
+    """
+    try:
+        if hasattr(method, "solve"):
+            weight.copy_(method.solve(weight, stats, pattern))
+        else:
+            zero_(method.scores(weight, stats), pattern.cut(weight.shape, method.PER))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class _Parts:
-    """The scores of some Linears, or their weights if there are no statistics: computed anew on each walk, one at a time."""
+    """Wanda's scores of some Linears, or magnitudes if there are no statistics: one weight at a time on the device."""
 
     def __init__(self, linears: dict[str, nn.Linear], stats: dict[str, Stats], device: torch.device | str):
         self.linears, self.stats, self.device = linears, stats, device
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Scores]:
         for name, linear in self.linears.items():
-            weight = linear.weight.detach().to(self.device)
-            yield norm_score(weight, self.stats[name].sq) if self.stats else weight
+            scale = self.stats[name].sq.sqrt() if self.stats else None
+            yield Scores(linear.weight.detach().to(self.device), scale)
 
 
 def _units(block: nn.Module, arch: Arch, granularity: str) -> list[dict[str, nn.Linear]]:

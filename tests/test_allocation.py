@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dlpkit import allocation as allocations
 from dlpkit.allocation import alphapruning, exact, spread
+from dlpkit.kernels.score import Scores
 
 # Published keep ratios of DLP for LLaMA2-7B at 70 %, alpha 0.15, blocks 0 to 31 (ratios/ of github.com/ironartisan/DLP)
 PUBLISHED_KEEP = [
@@ -38,7 +39,7 @@ def test_permuting_blocks_permutes_sparsities(name):
 def test_summaries_are_finite_numbers(name):
     allocator = allocations.get(name)
     if allocator.NEEDS:
-        parts = [torch.rand(30, 20), torch.rand(8, 20)]
+        parts = [Scores(torch.rand(30, 20)), Scores(torch.rand(8, 20))]
         assert isinstance(allocator.summarise(parts), float)
         assert allocator.summarise(parts) == allocator.summarise(parts)
 
@@ -72,7 +73,7 @@ def test_clamped_values_are_renormalised():
 
 
 def test_dlp_strategies_are_median_and_mean():
-    dlp, parts = allocations.get("dlp"), [torch.tensor([1.0, 2.0, 9.0]), torch.tensor([3.0, 5.0])]
+    dlp, parts = allocations.get("dlp"), [Scores(torch.tensor([[1.0, 2.0, 9.0]])), Scores(torch.tensor([[3.0, 5.0]]))]
     assert (dlp.summarise(parts), dlp.summarise(parts, strategy="mean")) == (3.0, 4.0)
     assert inspect.signature(dlp.summarise).parameters["strategy"].default == "median"
     with pytest.raises(ValueError, match="median, mean"):

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlpkit.kernels import arrange, compact, expand, group, lanes, pick, runtime, slots, walk
+from dlpkit.kernels import arrange, census, compact, cull, expand, group, lanes, pick, runtime, slots, walk
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has no compiler")
 
@@ -109,3 +109,32 @@ def test_packing_kernels(kernel, constants, capability):
     kinds |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, kinds, constexprs=constants)
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1}).asm
+
+
+TERMS = {"SCALE": True, "SHARES": True}
+SEARCH = TERMS | {"MASK": False}
+SCORED = dict.fromkeys(("bad_ptr", "threshold_ptr", "equal_ptr", "counts_ptr"), "*i32") | {"top_ptr": "*i64"}
+SCORED |= dict.fromkeys(("scale_ptr", "row_ptr", "column_ptr"), "*fp32")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("kernel", "constants", "warps", "more"), [
+    (cull._search_kernel, SEARCH | {"SIZE": 4096, "BLOCK": 4096, "R": 1}, 4, {}),
+    (cull._search_kernel, SEARCH | {"SIZE": 14336, "BLOCK": 16384, "R": 1}, 16, {}),
+    (cull._search_kernel, SEARCH | {"SIZE": 256, "BLOCK": 256, "R": 4}, 1, {}),
+    (cull._search_kernel, SEARCH | {"SIZE": 16, "BLOCK": 16, "R": 64, "MASK": True}, 1, {"out_ptr": "*i1"}),
+    (cull._rank_kernel, SEARCH | {"SIZE": 4, "BLOCK": 1024}, 4, {}),
+    (cull._rank_kernel, SEARCH | {"SIZE": 8, "BLOCK": 1024, "MASK": True}, 4, {"out_ptr": "*i1"}),
+    (cull._threshold_kernel, SEARCH | {"BLOCK": 1024}, 4, {}),
+    (census._histogram_kernel, TERMS | {"BLOCK": 2048, "BINS": 1 << 15, "COPIES": 4, "LOWER": False}, 4, {}),
+    (census._histogram_kernel, TERMS | {"BLOCK": 2048, "BINS": 1 << 16, "COPIES": 4, "LOWER": True}, 4, {}),
+    (census._total_kernel, TERMS | {"BLOCK": 2048, "ABOVE": False}, 4, {"out_ptr": "*fp64", "threshold_ptr": "*fp32"}),
+    (census._total_kernel, TERMS | {"BLOCK": 2048, "ABOVE": True}, 4, {"out_ptr": "*fp64", "threshold_ptr": "*fp32"}),
+    (census._equal_kernel, TERMS | {"BLOCK": 2048}, 4, {"out_ptr": "*i64"}),
+])  # fmt: skip
+def test_score_kernels(kernel, constants, warps, more, capability):
+    kinds = SCORED | more
+    kinds = {name: kinds.get(name, "*bf16") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, kinds, constexprs=constants)
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm

@@ -1,6 +1,6 @@
 """How much each block loses, one file each: `summarise` a block to one number, then `sparsities` from all the numbers.
 
-An allocation is its module: NEEDS is what `summarise` walks ("scores", "weights" or None for no look at all). The rescaling that
+An allocation is its module: NEEDS is what `summarise` reads of the Scores it walks ("scores", "weights" or None for no look at all). The rescaling that
 DLP and OWL share, and the exact budget that all share, stand here once.
 """
 

@@ -9,15 +9,16 @@ from collections.abc import Iterable
 import torch
 
 from dlpkit.allocation import exact
+from dlpkit.kernels.score import Scores
 
 NEEDS = "weights"
 BINS = 100  # of the log10 histogram whose peak starts the search
 NEAR = (0.95, 1.5)  # x_min is searched between these multiples of the peak
 
 
-def summarise(parts: Iterable[torch.Tensor]) -> float:
+def summarise(parts: Iterable[Scores]) -> float:
     """Mean exponent of a block's weights; larger means lighter tails."""
-    exponents = [exponent(torch.linalg.svdvals(weight.float()).double().square()) for weight in parts]
+    exponents = [exponent(torch.linalg.svdvals(part.weight.float()).double().square()) for part in parts]
     return sum(exponents) / len(exponents)
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 import torch
 
 from dlpkit.allocation import spread
-from dlpkit.kernels import score
+from dlpkit.kernels import statistics
+from dlpkit.kernels.score import Scores
 
 NEEDS = "scores"
-STRATEGIES = {"median": score.median, "mean": score.mean}
+STRATEGIES = {"median": statistics.median, "mean": statistics.mean}
 
 
-def summarise(parts: Iterable[torch.Tensor], strategy: str = "median") -> float:
+def summarise(parts: Iterable[Scores], strategy: str = "median") -> float:
     """One number for a block, S^l, from the scores of all its weights."""
     if strategy not in STRATEGIES:
         raise ValueError(f"dlp knows the strategies {', '.join(STRATEGIES)}, got {strategy!r}")

@@ -5,14 +5,15 @@ from collections.abc import Iterable
 import torch
 
 from dlpkit.allocation import spread
-from dlpkit.kernels import score
+from dlpkit.kernels import statistics
+from dlpkit.kernels.score import Scores
 
 NEEDS = "scores"
 
 
-def summarise(parts: Iterable[torch.Tensor], times: float = 5.0) -> float:
+def summarise(parts: Iterable[Scores], times: float = 5.0) -> float:
     """Share of a block's scores above `times` x their mean (M of the paper)."""
-    return score.outlier_share(parts, times)
+    return statistics.outlier_share(parts, times)
 
 
 def sparsities(summaries: torch.Tensor, sizes: torch.Tensor, target: float, lam: float = 0.08) -> torch.Tensor:

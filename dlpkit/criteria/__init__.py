@@ -1,4 +1,5 @@
-"""What a weight is worth, one file each: `score(weight, stats)`, larger means keep, and for some `solve`, which also repairs what stays.
+"""What a weight is worth, one file each: `scores(weight, stats)` as terms, larger means keep, and for some `solve`, which also
+repairs what stays.
 
 A criterion is its module: NEEDS names the statistics it reads ("sq", "hessian"), PER what its scores are compared within.
 """

@@ -3,11 +3,12 @@
 import torch
 
 from dlpkit.calibration import Stats
+from dlpkit.kernels.score import Scores
 
 NEEDS: set[str] = set()
 PER = "matrix"
 
 
-def score(weight: torch.Tensor, stats: Stats) -> torch.Tensor:
-    """[N, K] -> [N, K] float32."""
-    return weight.float().abs()
+def scores(weight: torch.Tensor, stats: Stats) -> Scores:
+    """|w|"""
+    return Scores(weight)

@@ -6,13 +6,16 @@ Compared over the whole matrix, as the authors' default does. Shares keep a weak
 import torch
 
 from dlpkit.calibration import Stats
+from dlpkit.kernels.score import Scores
 
 NEEDS = {"sq"}
 PER = "matrix"
 
 
-def score(weight: torch.Tensor, stats: Stats) -> torch.Tensor:
-    """[N, K] -> [N, K] float32."""
-    size = weight.float().abs()
-    share = size / size.sum(1, keepdim=True).clamp_min(1e-30) + size / size.sum(0, keepdim=True).clamp_min(1e-30)
-    return share * stats.sq.sqrt().sqrt()
+def scores(weight: torch.Tensor, stats: Stats) -> Scores:
+    """|w| * ||x|| ** (1/2) * (1 / sum of the row + 1 / sum of the column), both sums of |w|"""
+    return Scores(weight, scale=stats.sq.sqrt().sqrt(), row=_share(weight, 1), column=_share(weight, 0))
+
+
+def _share(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    return 1 / torch.linalg.vector_norm(weight, 1, dim, dtype=torch.float32).clamp_min(1e-30)

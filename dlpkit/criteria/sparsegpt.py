@@ -9,7 +9,8 @@ its mean diagonal and grows tenfold until the factorisation succeeds. Inputs tha
 import torch
 
 from dlpkit.calibration import Stats
-from dlpkit.kernels.select import select, select_nm
+from dlpkit.kernels.score import Scores
+from dlpkit.kernels.select import keep as kept
 from dlpkit.patterns import Pattern
 
 NEEDS = {"sq", "hessian"}
@@ -18,13 +19,13 @@ BLOCK = 128  # columns per lazy update
 DAMPING = (0.01, 0.1, 1.0)  # shares of the mean diagonal
 
 
-def score(weight: torch.Tensor, stats: Stats) -> torch.Tensor:
-    """[N, K] -> [N, K] float32: w^2 / [H^-1]_jj, before any repair."""
-    return (weight.float() / _upper_factor(stats.hessian)[0].diag()).square()
+def scores(weight: torch.Tensor, stats: Stats) -> Scores:
+    """|w| / [H^-1]_jj ** (1/2), the root of what removing w costs before any repair"""
+    return Scores(weight, scale=1 / _upper_factor(stats.hessian)[0].diag())
 
 
 def solve(weight: torch.Tensor, stats: Stats, pattern: Pattern) -> torch.Tensor:
-    """[N, K] -> [N, K] of the same dtype, zeros following `pattern` and what stays corrected for them."""
+    """[N, K] -> [N, K] of the same dtype, zeros following `pattern` and what stays corrected for them. Raises ValueError for NaN or Inf."""
     U, dead = _upper_factor(stats.hessian)  # [K, K], [K]
     W = weight.float().masked_fill(dead, 0.0)
     pruned = torch.zeros_like(W)
@@ -47,10 +48,7 @@ def solve(weight: torch.Tensor, stats: Stats, pattern: Pattern) -> torch.Tensor:
 
 def _choose(weights: torch.Tensor, diagonal: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """[N, C] -> [N, C] bool keep mask of a few columns."""
-    cost = (weights / diagonal).square()
-    if pattern.m:
-        return select_nm(cost, pattern.n, pattern.m)
-    return select(cost, pattern.sparsity, per=PER, block=pattern.block)
+    return kept(Scores(weights, 1 / diagonal), pattern.cut(weights.shape, PER))
 
 
 def _upper_factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,12 @@
 import torch
 
 from dlpkit.calibration import Stats
-from dlpkit.kernels.score import score as norm_score
+from dlpkit.kernels.score import Scores
 
 NEEDS = {"sq"}
 PER = "row"
 
 
-def score(weight: torch.Tensor, stats: Stats) -> torch.Tensor:
-    """[N, K] -> [N, K] float32."""
-    return norm_score(weight, stats.sq)
+def scores(weight: torch.Tensor, stats: Stats) -> Scores:
+    """|w| * ||x||"""
+    return Scores(weight, scale=stats.sq.sqrt())
