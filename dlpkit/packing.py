@@ -18,12 +18,8 @@ def pack_linears(model: nn.Module, format: str = "auto") -> dict[str, SparseLine
     has a bit set and would be stored as a value.
     """
     for names in _groups(model, archs.of(model)):
-        linears = {name: model.get_submodule(name) for name in names}
-        _pack(
-            model,
-            {name: linear.weight.detach() + 0.0 for name, linear in linears.items() if not _is_packed(linear)},
-            format,
-        )
+        unpacked = [name for name in names if not _is_packed(model.get_submodule(name))]
+        _pack(model, {name: _unsigned(model.get_submodule(name)) for name in unpacked}, format)
     return sparse_linears(model)
 
 
@@ -76,6 +72,11 @@ def _groups(model: nn.Module, arch: archs.Arch) -> list[list[str]]:
         linears = archs.linears(block, arch)
         found += [[f"{arch.blocks}.{index}.{name}" for name in group if name in linears] for group in arch.groups()]
     return found
+
+
+def _unsigned(linear: nn.Linear) -> torch.Tensor:
+    """The weight itself, -0.0 made +0.0."""
+    return linear.weight.detach().add_(0.0)
 
 
 def _is_packed(linear: nn.Linear) -> bool:

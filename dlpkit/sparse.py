@@ -74,7 +74,7 @@ class SparseLinear(nn.Linear):
 
     def nnz(self) -> int:
         """Values that the stored form holds."""
-        return int(storage.held(self.dense()).sum())
+        return storage.count(self.dense())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.packed.matmul(x, self.bias)

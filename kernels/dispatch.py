@@ -6,6 +6,7 @@ dense Triton GEMV. Packing is for decoding: past WALK_ROWS rows of x every packe
 
 import torch
 
+from dlpkit.kernels import storage
 from dlpkit.kernels.formats import nm
 from dlpkit.kernels.runtime import HAS_TRITON
 from dlpkit.kernels.tiles import SMALLEST
@@ -19,7 +20,7 @@ def choose(weight: torch.Tensor) -> tuple[str, str]:
     runs, reason = available(weight.device)
     if not runs:
         return "dense", reason
-    density = int(torch.count_nonzero(weight)) / max(1, weight.numel())
+    density = storage.count(weight) / max(1, weight.numel())
     return choose_for(tuple(weight.shape), weight.dtype, density, _nm(weight))
 
 

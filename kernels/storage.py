@@ -18,6 +18,7 @@ from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 if HAS_TRITON:
     from dlpkit.kernels import compact
 
+CHUNK = 2**22  # weights counted at a time: torch counts through 8 bytes for each
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per value -> integer of that width
 
 
@@ -75,6 +76,12 @@ def held(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(BITS[weight.element_size()]) != 0
 
 
+def count(weight: torch.Tensor) -> int:
+    """How many values of [N, K] a Stored would hold."""
+    parts = weight.detach().contiguous().view(BITS[weight.element_size()]).flatten().split(CHUNK)
+    return int(torch.stack([torch.count_nonzero(part) for part in parts]).sum()) if weight.numel() else 0
+
+
 def unpack_mask(mask: torch.Tensor, K: int) -> torch.Tensor:
     """[N, ceil(K / 8)] uint8 -> [N, K] bool."""
     place = torch.arange(8, dtype=torch.uint8, device=mask.device)
@@ -105,6 +112,13 @@ def validate(stored: Stored, name: str = "weight") -> None:
         )
     if K % 8 and bool((mask[:, -1] >> (K % 8)).any()):
         raise ValueError(f"{name}: mask has bits set past column {K}; the file is damaged")
-    counts = unpack_mask(mask, K).sum(1)
+    counts = _ones(mask).sum(1)
     if int(offsets[0]) != 0 or int(offsets[-1]) != values.numel() or not torch.equal(offsets.diff().long(), counts):
         raise ValueError(f"{name}: mask, offsets and {values.numel()} values disagree; the file is damaged")
+
+
+def _ones(octets: torch.Tensor) -> torch.Tensor:
+    """uint8 -> uint8, the bits that are set in each."""
+    pairs = octets - ((octets >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0x0F

@@ -3,7 +3,7 @@ import torch
 from conftest import random_sparse, tiny_model
 
 from dlpkit import archs
-from dlpkit.kernels import dispatch, formats
+from dlpkit.kernels import dispatch, formats, storage
 from dlpkit.packing import pack_linears, pack_stored, put, sparse_linears, unpack_linears
 from dlpkit.sparse import FusedLinear, SparseLinear
 
@@ -128,3 +128,24 @@ def test_large_layers_run_sparse_on_the_gpu_and_under_a_cuda_graph(rows):
         graph.replay()
     assert torch.equal(captured, eager)  # the same sums in the same order
     assert ((eager.float() - expected).norm() / expected.norm()).item() < 2e-2  # bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the GPU's memory")
+def test_packing_and_checking_stay_near_one_dense_weight():
+    """Counting through 64-bit integers once took nine bytes a weight."""
+    weight = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16) * (
+        torch.rand(4096, 4096, device="cuda") < 0.4
+    )
+    stored = storage.encode(weight)
+    for call in (
+        lambda: dispatch.choose(weight),
+        lambda: storage.validate(stored),
+        lambda: formats.get("sell").pack(weight),
+    ):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        kept = getattr(result, "nbytes", 0)
+        assert torch.cuda.max_memory_allocated() - before - kept <= 1.25 * weight.nbytes
+        del result
