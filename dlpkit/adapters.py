@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from dlpkit import archs
 from dlpkit.packing import rewrite, sparse_linears
@@ -66,18 +65,19 @@ def keep_zeros(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 
 class MaskedLora(LoraLinear):
-    """peft's LoRA whose forward pass is that of the merged weight. The sum is made anew in the backward pass, not kept."""
+    """peft's LoRA whose forward pass is that of the merged weight."""
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """a [rank, K] and b [N, rank], whose product b a is added to the weight."""
+        return self.lora_A[NAME].weight * self.scaling[NAME], self.lora_B[NAME].weight
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        return super().get_delta_weight(adapter).masked_fill(self.get_base_layer().weight == 0, 0.0)
+        a, b = self.factors()
+        return (b @ a).masked_fill(self.get_base_layer().weight == 0, 0.0)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return checkpoint(self._run_merged, x, use_reentrant=False, preserve_rng_state=False)
-
-    def _run_merged(self, x: torch.Tensor) -> torch.Tensor:
         base = self.get_base_layer()
-        with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.to(base.weight.dtype), _merged(self, base.weight), base.bias)
+        return _MaskedProduct.apply(x, base.weight, base.bias, *self.factors())
 
 
 def grouped(group: int) -> type[MaskedLora]:
@@ -87,21 +87,38 @@ def grouped(group: int) -> type[MaskedLora]:
         def update_layer(self, adapter: str, *args, **kwargs) -> None:
             super().update_layer(adapter, *args, **kwargs)
             full = self.lora_A[adapter]
-            self.lora_A[adapter] = nn.Linear(
-                full.in_features // group,
-                full.out_features,
-                bias=False,
-                device=full.weight.device,
-                dtype=full.weight.dtype,
-            )
+            like = {"device": full.weight.device, "dtype": full.weight.dtype}
+            self.lora_A[adapter] = nn.Linear(full.in_features // group, full.out_features, bias=False, **like)
 
-        def get_delta_weight(self, adapter: str) -> torch.Tensor:
-            a = self.lora_A[adapter].weight.repeat_interleave(group, 1) / math.sqrt(group)  # [rank, K]
-            delta = self.lora_B[adapter].weight @ a * self.scaling[adapter]  # [N, K]
-            return delta.masked_fill(self.get_base_layer().weight == 0, 0.0)
+        def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+            a, b = super().factors()
+            return a.repeat_interleave(group, 1) / math.sqrt(group), b
 
     return GroupedLora
 
 
+class _MaskedProduct(torch.autograd.Function):
+    """y = x (W + b a)^T + bias, b a left out where W is zero. The sum is made anew in the backward pass: kept, it would be a second model."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b):
+        ctx.save_for_backward(x, weight, a, b)
+        return nn.functional.linear(x, _masked_sum(weight, a, b), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, a, b = ctx.saved_tensors
+        grad_x = grad @ _masked_sum(weight, a, b) if ctx.needs_input_grad[0] else None
+        grad_sum = (grad.flatten(0, -2).T @ x.flatten(0, -2)).float().masked_fill_(weight == 0, 0.0)  # [N, K]
+        return grad_x, None, None, b.T @ grad_sum, grad_sum @ a.T
+
+
+def _masked_sum(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[N, K], [rank, K], [N, rank] float32 -> [N, K] in the dtype of `weight`."""
+    return torch.addmm(weight.float(), b, a).masked_fill_(weight == 0, 0.0).to(weight.dtype)
+
+
 def _merged(layer: LoraLinear, weight: torch.Tensor) -> torch.Tensor:
+    if isinstance(layer, MaskedLora):
+        return keep_zeros(_masked_sum(weight, *layer.factors()), weight)
     return keep_zeros(weight.float() + layer.get_delta_weight(NAME).float(), weight)

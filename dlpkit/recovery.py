@@ -12,11 +12,11 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dlpkit import archs
+from dlpkit import archs, checkpoint
 from dlpkit.evaluate import perplexity
 from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
-from dlpkit.packing import sparse_linears, unpack_linears
+from dlpkit.packing import sparse_linears
 from dlpkit.progress import Progress, silent
 
 METHODS = ("masked", "grouped", "lora", "full")
@@ -92,7 +92,7 @@ def recover(
     settings, device = settings or Settings(), default_device(device)
     torch.manual_seed(settings.seed)  # of the adapters' first values
     if settings.method != "lora":
-        unpack_linears(model)
+        checkpoint.unpack(model)
     zeros, dtype = zero_counts(model), model.dtype
     adapted = prepare(model.to(device), settings)
     done = train(adapted, windows, held_out, settings, dtype, journal, progress)
@@ -123,14 +123,14 @@ def train(
 ) -> Training:  # fmt: skip
     """Train what `prepare` has made, in place, and leave it with the weights that had the best validation loss.
 
-    dtype: of the model that was pruned; below float32, activations are bfloat16 while trained parameters stay float32.
+    dtype: of the model that was pruned. Trained parameters are float32; by "full", below float32, activations are bfloat16.
     """
     _check_windows(windows, held_out)
     start, device = time.perf_counter(), model.get_input_embeddings().weight.device
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     zeros = _zeros(model) if settings.method == "full" else {}
     optimizer = torch.optim.AdamW(trainable.values(), lr=0.0, weight_decay=settings.weight_decay)
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
+    mixed = torch.autocast(device.type, torch.bfloat16, enabled=settings.method == "full" and dtype != torch.float32)
     run = _Run(trainable, optimizer, Training(sum(p.numel() for p in trainable.values())))
     if not (journal and run.resume(journal)):
         with mixed:
@@ -140,8 +140,11 @@ def train(
         batch = _batch(windows, settings, step).to(device)
         with mixed:
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss of step {step} is {loss.item()}: take a smaller lr than {settings.rate(0):g}")
+        run.done.losses.append(loss.item())
+        if not math.isfinite(run.done.losses[-1]):
+            raise RuntimeError(
+                f"the loss of step {step} is not finite: take a smaller lr, here {settings.rate(step):g}"
+            )
         loss.backward()
         for parameter, zero in zeros.items():
             parameter.grad.masked_fill_(zero, 0.0)
@@ -150,7 +153,6 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         run.done.steps, run.done.tokens = step + 1, run.done.tokens + batch[:, 1:].numel()
-        run.done.losses.append(loss.item())
         if (step + 1) % settings.eval_every == 0 or step + 1 == settings.steps:
             with mixed:
                 run.validate(model, held_out, settings)
