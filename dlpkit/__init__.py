@@ -6,7 +6,7 @@ Importing it registers the packed checkpoint format with transformers, so that f
 from dlpkit.checkpoint import edit, load, pack, save, unpack
 from dlpkit.data import calibration as calibration_windows
 from dlpkit.data import evaluation as evaluation_windows
-from dlpkit.edits import Drop, Merge
+from dlpkit.edits import Drop, Merge, Slice
 from dlpkit.evaluate import perplexity
 from dlpkit.patterns import Pattern
 from dlpkit.pipeline import run
@@ -20,6 +20,7 @@ __all__ = [
     "Drop",
     "Merge",
     "Pattern",
+    "Slice",
     "SparseLinear",
     "calibration_windows",
     "edit",

@@ -130,12 +130,13 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def edit(model: PreTrainedModel, edits: list[Edit]) -> PreTrainedModel:
-    """Drop or merge layers of a causal LM in place, so that save_pretrained writes what loads as it is.
+    """Drop, merge or slice layers of a causal LM in place, so that save_pretrained writes what loads as it is.
 
-    A model that has only lost or merged whole layers stays an ordinary one and loads without dlpkit. Raises ValueError, before any
-    change, for edits that do not fit the model or one another.
+    A model that has only lost or merged whole layers stays an ordinary one and loads without dlpkit; one whose layers are sliced to one
+    size does where transformers can be told of that size. Raises ValueError, before any change, for edits that do not fit the model or one another.
     """
     structural.apply(model, edits)
+    structural.tell(model)
     return _described(model)
 
 

@@ -201,7 +201,8 @@ def inspect(
         ]
         print(report.table(rows, ("packed Linear", "shape", "sparsity", "bytes", "of dense")))
     for edit in found["edits"]:
-        print(f"layer {edit['layer']} has no {edit['part']}")
+        left = f"{edit['keep']} units of its" if edit["kind"] == "slice" else "no"
+        print(f"layer {edit['layer']} has {left} {edit['part']}")
     total = sum(found["files"].values())
     print(
         f"{found['model_type']}, {'packed' if found['packed'] else 'not packed'}, {found['tensors']} tensors, {report.megabytes(total)} in {len(found['files'])} file(s)"

@@ -1,19 +1,23 @@
-"""What is cut out of a model, as values: apply them for good, or try them inside a `with`, without copying a weight.
+"""What is cut out of a model, as values: apply them for good, or try them inside a `with`. Only slices copy the weights that they keep.
 
 Every edit of one list names layers by their numbers in the model as it is before any of them. A kind of edit is a frozen dataclass that
 says which halves of layers it `needs` and `takes`, an entry in KINDS, and a function in APPLY that changes blocks; what is left is renumbered once.
-Removed and merged layers leave an ordinary, shorter model. A layer without attention or MLP is one that transformers cannot be told about:
-`residue` reads such edits off a model, and a checkpoint carries them.
+Removed and merged layers leave an ordinary, shorter model, and layers that are all sliced to one size mostly an ordinary, narrower one. A
+layer without attention or MLP, or of a size of its own, is one that transformers cannot be told about: `residue` reads such edits off a
+model, and a checkpoint carries them.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from dlpkit import archs
+from dlpkit import archs, units
 from dlpkit.archs import Arch
 
 PARTS = ("attn", "mlp", "layer")
@@ -72,8 +76,38 @@ class Merge:
         return halves(range(self.low, self.high + 1))
 
 
-Edit = Drop | Merge
-KINDS: dict[str, type] = {"drop": Drop, "merge": Merge}
+@dataclass(frozen=True)
+class Slice:
+    """Leave a half of a layer some of its units (dlpkit.units): those that `keep` names in order, or so many, the first."""
+
+    layer: int
+    part: str
+    keep: tuple[int, ...] | int
+
+    def __post_init__(self):
+        if isinstance(self.keep, list):
+            object.__setattr__(self, "keep", tuple(self.keep))
+        _whole(self.layer, *(self.keep if isinstance(self.keep, tuple) else [self.keep]))
+        if self.part not in units.PARTS or not self.units or list(self.units) != sorted(set(self.units)):
+            raise ValueError(
+                f"a Slice keeps at least one unit of {' or '.join(units.PARTS)}, each once and in order, got {self}"
+            )
+
+    @property
+    def units(self) -> tuple[int, ...] | range:
+        return self.keep if isinstance(self.keep, tuple) else range(self.keep)
+
+    @property
+    def takes(self) -> set[Half]:
+        return set()
+
+    @property
+    def needs(self) -> set[Half]:
+        return {(self.layer, self.part)}
+
+
+Edit = Drop | Merge | Slice
+KINDS: dict[str, type] = {"drop": Drop, "merge": Merge, "slice": Slice}
 
 
 def to_dict(edit: Edit) -> dict:
@@ -122,8 +156,31 @@ def trial(model: nn.Module, edits: list[Edit]) -> Iterator[nn.Module]:
 def residue(model: nn.Module) -> list[Edit]:
     """The edits that a model bears and its config cannot tell: those that a checkpoint has to carry, in the model's own numbers."""
     arch = archs.of(model)
-    gone = halves(range(len(archs.blocks(model, arch)))) - present(model, arch)
-    return [Drop(layer, part) for layer, part in sorted(gone)]
+    there, blocks = present(model, arch), archs.blocks(model, arch)
+    gone = [Drop(layer, part) for layer, part in sorted(halves(range(len(blocks))) - there)]
+    sizes = {half: units.count(blocks[half[0]], arch, half[1]) for half in sorted(there)}
+    return gone + [
+        Slice(*half, size) for half, size in sizes.items() if size != units.told(model.config, arch, half[1])
+    ]
+
+
+def tell(model: nn.Module) -> None:
+    """Have the config say the size of the attentions, or of the MLPs, where it is one for all layers and transformers builds such a model."""
+    arch = archs.of(model)
+    there, blocks = present(model, arch), archs.blocks(model, arch)
+    for part in units.PARTS:
+        layers = [layer for layer, other in sorted(there) if other == part]
+        sizes = {units.count(blocks[layer], arch, part) for layer in layers}
+        if sizes and sizes != {units.told(model.config, arch, part)} and len(sizes) == 1:
+            values = units.config_values(model.config, blocks[layers[0]], arch, part)
+            probe = _built(model.config, values)
+            if probe is not None and all(
+                units.same_size(block, blocks[layer], arch, part)
+                for layer, block in enumerate(archs.blocks(probe, arch))
+                if layer in layers
+            ):
+                for name, value in values.items():
+                    setattr(model.config, name, value)
 
 
 def present(model: nn.Module, arch: Arch) -> set[Half]:
@@ -190,6 +247,10 @@ def _hollow(block: nn.Module, path: str, empty: nn.Module, out: str) -> None:
     block.set_submodule(path, empty)
 
 
+def _slice(blocks: nn.ModuleList, arch: Arch, edit: Slice) -> None:
+    units.slice_block(blocks[edit.layer], arch, edit.part, list(edit.units))
+
+
 def _merge(blocks: nn.ModuleList, arch: Arch, edit: Merge) -> None:
     low = blocks[edit.low]
     for name in archs.linears(low, arch):
@@ -211,7 +272,7 @@ def _merged(linears: list[nn.Linear], rule: str) -> nn.Linear:
     return made
 
 
-APPLY: dict[type, Callable[[nn.ModuleList, Arch, Edit], None]] = {Drop: _drop, Merge: _merge}
+APPLY: dict[type, Callable[[nn.ModuleList, Arch, Edit], None]] = {Drop: _drop, Merge: _merge, Slice: _slice}
 
 
 def _left(model: nn.Module, arch: Arch, edits: list[Edit]) -> set[Half]:
@@ -221,8 +282,15 @@ def _left(model: nn.Module, arch: Arch, edits: list[Edit]) -> set[Half]:
         if missing := edit.needs - there:
             raise ValueError(f"{edit} does not fit the model, which has no {_told(missing)}")
         for other in edits:
-            if other is not edit and (other == edit or edit.needs & other.takes):
+            sliced = isinstance(other, Slice) and edit.needs & other.needs
+            if other is not edit and (other == edit or edit.needs & other.takes or sliced):
                 raise ValueError(f"{edit} and {other} are in each other's way")
+        if isinstance(edit, Slice):
+            held = units.count(archs.blocks(model, arch)[edit.layer], arch, edit.part)
+            if edit.units[-1] >= held:
+                raise ValueError(
+                    f"{edit} does not fit the model, whose {edit.part} in layer {edit.layer} has {held} units"
+                )
     if unknown := {layer for edit in edits for layer, _ in edit.takes} - {layer for layer, _ in there}:
         raise ValueError(f"the edits name layers {sorted(unknown)}, which the model does not have")
     left = there - set().union(*(edit.takes for edit in edits))
@@ -233,6 +301,17 @@ def _left(model: nn.Module, arch: Arch, edits: list[Edit]) -> set[Half]:
             "the edits leave no attention, or none of a kind that the model's cache is laid out for: keep one of each kind"
         )
     return left
+
+
+def _built(config: PretrainedConfig, values: dict[str, int]) -> nn.Module | None:
+    """The model that a stock transformers makes of the config with other values, without its weights; None if it refuses."""
+    told = copy.deepcopy(config).to_dict() | values
+    told.pop("quantization_config", None)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(type(config).from_dict(told))
+    except (ValueError, StrictDataclassError):
+        return None
 
 
 def _told(found: set[Half]) -> str:

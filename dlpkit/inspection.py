@@ -15,7 +15,7 @@ from dlpkit.kernels.runtime import default_device
 
 def inspect(folder: str | Path) -> dict:
     """What a model folder holds, from its config and file headers. linears: name, shape, kept, sparsity, bytes of each packed Linear.
-    edits: the halves of layers that are gone.
+    edits: the halves of layers that are gone or sliced.
 
     Raises ValueError when the folder is not a model, or when a file is damaged.
     """

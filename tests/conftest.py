@@ -14,6 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
+with torch.device("meta"):
+    torch.empty(
+        0
+    )  # torch remembers now what the context redirects, before `poisoned_empty` puts another function there
+
 VOCABULARY = 260  # 256 bytes, one end-of-text token, and room
 
 TINY = {

@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "progress", "folders", "journal", "patterns", "archs", "edits", "models", "data", "calibration", "evaluate", "criteria", "allocation",
-    "pruning", "recipe", "sparse", "packing", "static_cache", "generation", "adapters", "recovery", "checkpoint", "report", "pipeline", "inspection", "bench", "console",
+    "progress", "folders", "journal", "patterns", "archs", "units", "edits", "models", "data", "calibration", "gradients", "evaluate",
+    "criteria", "allocation", "pruning", "recipe", "sparse", "packing", "static_cache", "generation", "checkpoint", "adapters", "recovery",
+    "report", "pipeline", "inspection", "bench", "console",
     "cli", "__main__", "__init__",
 ]  # fmt: skip
 

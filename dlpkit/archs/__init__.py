@@ -22,6 +22,8 @@ class Arch:
     mlp_out: str
     attn_norms: tuple[str, ...]  # before and after the attention
     mlp_norms: tuple[str, ...]
+    interleaved: bool = False  # q, k, v of each head lie together in one Linear
+    width: str = "intermediate_size"  # what the config calls the number of MLP channels
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The Linears of a block in the order they run, those that read the same input together."""

@@ -12,4 +12,5 @@ ARCH = Arch(
     mlp_out="mlp.dense_4h_to_h",
     attn_norms=("input_layernorm",),
     mlp_norms=("post_attention_layernorm",),
+    interleaved=True,
 )

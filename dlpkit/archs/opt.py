@@ -12,4 +12,5 @@ ARCH = Arch(
     mlp_out="fc2",
     attn_norms=("self_attn_layer_norm",),
     mlp_norms=("final_layer_norm",),
+    width="ffn_dim",
 )
