@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SUBPACKAGES = ["archs", "allocation", "criteria"]
+SUBPACKAGES = ["archs", "allocation", "criteria", "structure"]
 
 setup(
     name="dlpkit",

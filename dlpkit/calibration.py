@@ -34,9 +34,11 @@ class Stream:
 
     def __init__(self, model: nn.Module, arch: Arch, batches: list[torch.Tensor], device: torch.device | str):
         """batches: [B, T] int64 token ids each, without padding."""
-        self.blocks, self.arch, self.device = archs.blocks(model, arch), arch, torch.device(device)
-        self.hidden, self.calls = _record(model, self.blocks, batches, self.device)
-        self.store = _store(self.hidden, self.device)
+        self.model, self.blocks, self.arch = model, archs.blocks(model, arch), arch
+        self.device = torch.device(device)
+        self.as_tuple = _returns_tuple(model, self.blocks, batches[0][:1, :8])
+        self.hidden, self.calls = _record(model, self.blocks, batches, self.device, self.as_tuple)
+        self.store = store(self.hidden, self.device)
         self.hidden = [h.to(self.store) for h in self.hidden]
 
     def stats(self, index: int, needs: set[str]) -> dict[str, Stats]:
@@ -74,10 +76,36 @@ class Stream:
         finally:
             block.to(home)
 
-    def _run(self, index: int, batch: int) -> torch.Tensor:
+    def through(self, index: int, hidden: torch.Tensor, batch: int = 0) -> torch.Tensor:
+        """Any [B, T, hidden] on the device through block `index` as it stands now, with the arguments that it had for `batch`.
+
+        With those of a batch of one window, which broadcast, B may be any.
+        """
         args, kwargs = self.calls[index][batch]
-        out = self.blocks[index](self.hidden[batch].to(self.device), *args, **kwargs)
+        out = self.blocks[index](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def behind(self, hidden: torch.Tensor, head: bool = True) -> torch.Tensor:
+        """[B, T, hidden] behind the last block -> logits [B, T, vocabulary], or the last hidden state [B, T, hidden] without `head`."""
+        body = self.model if head else self.model.base_model
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.model.get_input_embeddings().weight.device)
+        forwards = [self._stub(hidden)] + [self._stub(None)] * (len(self.blocks) - 1)
+        with _stubbed(self.blocks, forwards):
+            out = body(input_ids=ids, use_cache=False)
+        return out.logits if head else out.last_hidden_state
+
+    def _stub(self, answer: torch.Tensor | None) -> Callable:
+        """A block's forward that gives `answer`, or what it was given."""
+
+        def forward(hidden_states: torch.Tensor, *args, **kwargs):
+            found = hidden_states if answer is None else answer
+            return (found,) if self.as_tuple else found
+
+        return forward
+
+    def _run(self, index: int, batch: int) -> torch.Tensor:
+        return self.through(index, self.hidden[batch].to(self.device), batch)
 
 
 @contextmanager
@@ -117,9 +145,10 @@ def _groups(linears: dict[str, nn.Linear], arch: Arch) -> list[list[str]]:
     return [group for group in present if group]
 
 
-def _record(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor], device: torch.device):
+def _record(
+    model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor], device: torch.device, as_tuple: bool
+) -> tuple[list[torch.Tensor], list[list[tuple]]]:
     """Hidden states in front of block 0, and the other arguments of every block and batch, these on `device`."""
-    as_tuple = _returns_tuple(model, blocks, batches[0][:1, :8])
     hidden: list[torch.Tensor] = []
     calls: list[list[tuple]] = [[] for _ in blocks]
     kept: dict[tuple, list[torch.Tensor]] = {}
@@ -133,18 +162,25 @@ def _record(model: nn.Module, blocks: nn.ModuleList, batches: list[torch.Tensor]
 
         return forward
 
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = stub(index)
+    with _stubbed(blocks, [stub(index) for index in range(len(blocks))]):
         for batch in batches:
             _run_body(model, batch)
+    return hidden, calls
+
+
+@contextmanager
+def _stubbed(blocks: nn.ModuleList, forwards: list[Callable]) -> Iterator[None]:
+    """Every block with another forward while the body runs."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.forward = forward
+        yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
             del block.forward
             if forward is not None:  # accelerate had put its own there
                 block.forward = forward
-    return hidden, calls
 
 
 def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor) -> bool:
@@ -180,7 +216,8 @@ def _keep(value: object, kept: dict[tuple, list[torch.Tensor]], device: torch.de
     return value
 
 
-def _store(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
+def store(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
+    """Where such hidden states wait: on the device while they fit beside what runs there, else on the host."""
     if device.type != "cuda":
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info(device)

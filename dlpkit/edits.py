@@ -1,10 +1,10 @@
 """What is cut out of a model, as values: apply them for good, or try them inside a `with`. Only slices copy the weights that they keep.
 
 Every edit of one list names layers by their numbers in the model as it is before any of them. A kind of edit is a frozen dataclass that
-says which halves of layers it `needs` and `takes`, an entry in KINDS, and a function in APPLY that changes blocks; what is left is renumbered once.
-Removed and merged layers leave an ordinary, shorter model, and layers that are all sliced to one size mostly an ordinary, narrower one. A
-layer without attention or MLP, or of a size of its own, is one that transformers cannot be told about: `residue` reads such edits off a
-model, and a checkpoint carries them.
+says which halves of layers it `needs` and `takes` and which block, the `first`, it changes; an entry in KINDS; and a function in APPLY that
+changes that block. What is left is renumbered once. Removed and merged layers leave an ordinary, shorter model, and layers that are all
+sliced to one size mostly an ordinary, narrower one. A layer without attention or MLP, or of a size of its own, is one that transformers
+cannot be told about: `residue` reads such edits off a model, and a checkpoint carries them.
 """
 
 import copy
@@ -22,6 +22,7 @@ from dlpkit.archs import Arch
 
 PARTS = ("attn", "mlp", "layer")
 RULES = ("replace", "sum", "average", "delete")
+TABLES = ("_modules", "_parameters", "_buffers")  # where a module keeps what is in it
 Half = tuple[int, str]  # (layer, "attn" or "mlp")
 
 
@@ -40,6 +41,10 @@ class Drop:
         _whole(self.layer)
         if self.part not in PARTS:
             raise ValueError(f"a Drop removes {', '.join(PARTS)}, got {self.part!r}")
+
+    @property
+    def first(self) -> int:
+        return self.layer
 
     @property
     def takes(self) -> set[Half]:
@@ -66,6 +71,10 @@ class Merge:
         _whole(self.low, self.high)
         if self.low >= self.high or self.rule not in RULES:
             raise ValueError(f"a Merge wants low < high and a rule of {', '.join(RULES)}, got {self}")
+
+    @property
+    def first(self) -> int:
+        return self.low
 
     @property
     def takes(self) -> set[Half]:
@@ -96,6 +105,10 @@ class Slice:
     @property
     def units(self) -> tuple[int, ...] | range:
         return self.keep if isinstance(self.keep, tuple) else range(self.keep)
+
+    @property
+    def first(self) -> int:
+        return self.layer
 
     @property
     def takes(self) -> set[Half]:
@@ -129,7 +142,8 @@ def apply(model: nn.Module, edits: list[Edit]) -> None:
     Caches stay dense: they are numbered over the layers that have attention, and the others hold none.
     """
     arch = archs.of(model)
-    left = _left(model, arch, edits)
+    left = check(present(model, arch), cache_types(model), edits)
+    _check_units(archs.blocks(model, arch), arch, edits)
     for edit in edits:
         APPLY[type(edit)](archs.blocks(model, arch), arch, edit)
     _renumber(model, arch, sorted({layer for layer, _ in left}))
@@ -139,18 +153,23 @@ def apply(model: nn.Module, edits: list[Edit]) -> None:
 def trial(model: nn.Module, edits: list[Edit]) -> Iterator[nn.Module]:
     """The model with `edits` applied while the block runs, and exactly as it was after. Only "sum" and "average" make new weights."""
     arch = archs.of(model)
-    modules = [model.get_submodule(arch.blocks.rpartition(".")[0]), *archs.blocks(model, arch).modules()]
-    before = {module: _shallow(module) for module in modules}
     config = dict(model.config.__dict__)
-    try:
-        apply(model, edits)
-        yield model
-    finally:
-        for module, state in before.items():
-            module.__dict__.clear()
-            module.__dict__.update(state)
-        model.config.__dict__.clear()
-        model.config.__dict__.update(config)
+    with _restored([model.get_submodule(arch.blocks.rpartition(".")[0]), *archs.blocks(model, arch)]):
+        try:
+            apply(model, edits)
+            yield model
+        finally:
+            model.config.__dict__.clear()
+            model.config.__dict__.update(config)
+
+
+@contextmanager
+def in_place(model: nn.Module, arch: Arch, edit: Edit) -> Iterator[None]:
+    """One edit's change to its first block while the body runs, nothing renumbered: for who runs blocks singly and skips what it takes."""
+    blocks = archs.blocks(model, arch)
+    with _restored([blocks[edit.first]]):
+        APPLY[type(edit)](blocks, arch, edit)
+        yield
 
 
 def residue(model: nn.Module) -> list[Edit]:
@@ -192,6 +211,17 @@ def present(model: nn.Module, arch: Arch) -> set[Half]:
 def has(block: nn.Module, arch: Arch, part: str) -> bool:
     """Whether a block still has its attention ("attn") or its MLP ("mlp")."""
     return not isinstance(block.get_submodule(arch.attn_out if part == "attn" else arch.mlp_out), Zero)
+
+
+def parameters(model: nn.Module, arch: Arch) -> dict[Half, int]:
+    """How many parameters go with each half of a layer, its norms among them."""
+    blocks = archs.blocks(model, arch)
+    mlp = (arch.mlp,) if arch.mlp else (*arch.mlp_in, arch.mlp_out)
+    paths = {"attn": (arch.attn, *arch.attn_norms), "mlp": (*mlp, *arch.mlp_norms)}
+    return {
+        (layer, part): sum(p.numel() for path in paths[part] for p in blocks[layer].get_submodule(path).parameters())
+        for layer, part in sorted(present(model, arch))
+    }
 
 
 class Zero(nn.Module):
@@ -275,32 +305,37 @@ def _merged(linears: list[nn.Linear], rule: str) -> nn.Linear:
 APPLY: dict[type, Callable[[nn.ModuleList, Arch, Edit], None]] = {Drop: _drop, Merge: _merge, Slice: _slice}
 
 
-def _left(model: nn.Module, arch: Arch, edits: list[Edit]) -> set[Half]:
-    """What the edits leave. Raises ValueError for layers that are not there, edits in one another's way, or a cache that nothing fills."""
-    there = present(model, arch)
-    for edit in edits:
+def check(there: set[Half], types: list[str], edits: list[Edit]) -> set[Half]:
+    """Of a model with the halves `there` and those `types` of attention, the halves that the edits leave.
+
+    Raises ValueError for layers that are not there, edits in one another's way, or a cache that nothing fills.
+    """
+    for position, edit in enumerate(edits):
         if missing := edit.needs - there:
             raise ValueError(f"{edit} does not fit the model, which has no {_told(missing)}")
-        for other in edits:
-            sliced = isinstance(other, Slice) and edit.needs & other.needs
-            if other is not edit and (other == edit or edit.needs & other.takes or sliced):
+        for other in edits[:position]:
+            sliced = isinstance(edit, Slice) and isinstance(other, Slice) and edit.needs & other.needs
+            if other == edit or edit.needs & other.takes or other.needs & edit.takes or sliced:
                 raise ValueError(f"{edit} and {other} are in each other's way")
-        if isinstance(edit, Slice):
-            held = units.count(archs.blocks(model, arch)[edit.layer], arch, edit.part)
-            if edit.units[-1] >= held:
-                raise ValueError(
-                    f"{edit} does not fit the model, whose {edit.part} in layer {edit.layer} has {held} units"
-                )
     if unknown := {layer for edit in edits for layer, _ in edit.takes} - {layer for layer, _ in there}:
         raise ValueError(f"the edits name layers {sorted(unknown)}, which the model does not have")
     left = there - set().union(*(edit.takes for edit in edits))
-    types = _cache_types(model, len(archs.blocks(model, arch)))
     with_attention = {types[layer] for layer, part in left if part == "attn"}
     if not with_attention or with_attention < {types[layer] for layer, _ in left}:
         raise ValueError(
             "the edits leave no attention, or none of a kind that the model's cache is laid out for: keep one of each kind"
         )
     return left
+
+
+def _check_units(blocks: nn.ModuleList, arch: Arch, edits: list[Edit]) -> None:
+    for edit in edits:
+        if isinstance(edit, Slice):
+            held = units.count(blocks[edit.layer], arch, edit.part)
+            if edit.units[-1] >= held:
+                raise ValueError(
+                    f"{edit} does not fit the model, whose {edit.part} in layer {edit.layer} has {held} units"
+                )
 
 
 def _built(config: PretrainedConfig, values: dict[str, int]) -> nn.Module | None:
@@ -339,7 +374,7 @@ def _cache_slots(model: nn.Module, blocks: nn.ModuleList, arch: Arch) -> list[in
     A cache asks its first layer, and in models that mix full and sliding attention its first of each kind, how far it is. So of each
     kind the blocks that have attention come first.
     """
-    types = _cache_types(model, len(blocks))
+    types = cache_types(model)
     slots = [0] * len(blocks)
     for kind in set(types):
         members = [index for index, other in enumerate(types) if other == kind]
@@ -349,13 +384,23 @@ def _cache_slots(model: nn.Module, blocks: nn.ModuleList, arch: Arch) -> list[in
     return slots
 
 
-def _cache_types(model: nn.Module, count: int) -> list[str]:
-    return getattr(model.config, "layer_types", None) or ["full_attention"] * count
+def cache_types(model: nn.Module) -> list[str]:
+    """The kind of attention of every layer, as the config tells a cache."""
+    return getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
 
 
-def _shallow(module: nn.Module) -> dict:
-    """The module's attributes, with its tables of modules, parameters and buffers copied."""
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+@contextmanager
+def _restored(modules: list[nn.Module]) -> Iterator[None]:
+    """The modules, and all in them, as they were before the body: their attributes, and which modules and parameters they hold."""
+    before = {}
+    for module in (inner for outer in modules for inner in outer.modules()):
+        before[module] = {name: value.copy() if name in TABLES else value for name, value in vars(module).items()}
+    try:
+        yield
+    finally:
+        for module, state in before.items():
+            vars(module).clear()
+            vars(module).update(state)
 
 
 def _whole(*numbers: object) -> None:

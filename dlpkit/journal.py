@@ -1,6 +1,6 @@
 """What a pruning run has finished, kept beside its output, so that a killed run goes on at the last finished block.
 
-A summary or a block is written to a temporary name and renamed, so the journal never holds half of one. The key names everything
+A step, a summary or a block is written to a temporary name and renamed, so the journal never holds half of one. The key names everything
 the result depends on; a journal with another key is not touched.
 """
 
@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-KEPT = ("key.json", "summary-", "block-", "state")  # how the names of a journal's files begin
+KEPT = ("key.json", "step-", "summary-", "block-", "state")  # how the names of a journal's files begin
 
 
 class Journal:
@@ -43,6 +43,14 @@ class Journal:
     @property
     def finished_blocks(self) -> int:
         return len(list(self.folder.glob("block-*.safetensors")))
+
+    def step(self, index: int) -> object | None:
+        """What a search found at its step `index`, or None."""
+        path = self.folder / f"step-{index:05d}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def keep_step(self, index: int, found: object) -> None:
+        self._write(f"step-{index:05d}.json", json.dumps(found))
 
     def summary(self, index: int) -> list[float] | None:
         path = self.folder / f"summary-{index:05d}.json"

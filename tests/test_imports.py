@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "progress", "folders", "journal", "patterns", "archs", "units", "edits", "models", "data", "calibration", "gradients", "evaluate",
+    "progress", "parallel", "folders", "journal", "patterns", "archs", "units", "edits", "models", "data", "calibration", "gradients", "trunk", "structure", "evaluate",
     "criteria", "allocation", "pruning", "recipe", "sparse", "packing", "static_cache", "generation", "checkpoint", "adapters", "recovery",
     "report", "pipeline", "inspection", "bench", "console",
     "cli", "__main__", "__init__",

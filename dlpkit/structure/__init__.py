@@ -1,0 +1,127 @@
+"""Which layers, or halves of layers, a model can do without, one file each: `plan(model, batches, target, ...)` -> Plan.
+
+A structure is its module: `plan` takes a causal LM on its device, calibration windows [B, T] of one length, and a target: a share of all
+parameters (0.2: at least so many are to go) or a number of things to remove (12). Its keyword arguments with a default are its options,
+but for `journal` (what a killed search has found) and `progress`. The model is as it was when `plan` returns.
+"""
+
+import inspect
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from dlpkit import archs, edits
+from dlpkit.edits import Drop, Edit
+from dlpkit.kernels import registry
+from dlpkit.trunk import Work
+
+Target = int | float
+NOT_OPTIONS = ("journal", "progress")
+
+
+@dataclass
+class Plan:
+    """Edits in the order in which they were chosen: in a search that removes one at a time, every beginning is a plan for less."""
+
+    edits: list[Edit]
+    scores: list[float]  # of each edit, or of the model after it, as `metric` says
+    metric: str
+    shares: list[float]  # of all parameters, gone after each edit
+    work: Work = field(default_factory=Work)
+
+    def to(self, target: Target) -> "Plan":
+        """The beginning that reaches a smaller target. Raises ValueError for one that this plan does not reach."""
+        shares = [0.0, *self.shares]
+        size = next((n for n, share in enumerate(shares) if reached(target, n, share)), None)
+        if size is None:
+            raise ValueError(
+                f"target {target} is out of reach: {len(self.edits)} removals take {shares[-1]:.1%} of the parameters"
+            )
+        return Plan(self.edits[:size], self.scores[:size], self.metric, self.shares[:size], self.work)
+
+
+def names() -> list[str]:
+    return registry.names(sys.modules[__name__])
+
+
+def get(name: str) -> ModuleType:
+    return registry.get(sys.modules[__name__], name)
+
+
+def check_options(name: str, options: dict) -> None:
+    """Raise ValueError for options that the structure does not take."""
+    known = {
+        option
+        for option, p in inspect.signature(get(name).plan).parameters.items()
+        if p.default is not p.empty and option not in NOT_OPTIONS
+    }
+    if unknown := set(options) - known:
+        raise ValueError(
+            f"structure {name} does not take {', '.join(sorted(unknown))}: it takes {', '.join(sorted(known)) or 'no options'}"
+        )
+
+
+def check_target(target: Target) -> None:
+    """Raise ValueError for a target that is neither a number of things nor a share of the parameters."""
+    if isinstance(target, bool) or not (
+        (type(target) is int and target >= 1) or (type(target) is float and 0 < target < 1)
+    ):
+        raise ValueError(
+            f"what is to be removed is a share of all parameters such as 0.2, or a whole number such as 12, got {target!r}"
+        )
+
+
+def reached(target: Target, removed: int, share: float) -> bool:
+    return removed >= target if type(target) is int else share >= target
+
+
+def windows(batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Batches of token windows -> [W, T]. Raises ValueError unless all are of one length."""
+    batches = list(batches)
+    if not batches or len({batch.shape[1:] for batch in batches}) > 1:
+        raise ValueError(f"a structure wants windows of one length, got {[tuple(batch.shape) for batch in batches]}")
+    return torch.cat(batches)
+
+
+class Budget:
+    """What a model consists of before any edit, and so what edits cost it."""
+
+    def __init__(self, model: nn.Module):
+        self.sizes, self.types = edits.parameters(model, archs.of(model)), edits.cache_types(model)
+        self.total = sum(parameter.numel() for parameter in model.parameters())
+
+    def share(self, chosen: list[Edit]) -> float:
+        """What share of all parameters, embeddings and head among them, is gone after those edits."""
+        gone = set().union(*(edit.takes for edit in chosen)) & self.sizes.keys()
+        return sum(self.sizes[half] for half in gone) / self.total
+
+    def fits(self, chosen: list[Edit]) -> bool:
+        """Whether those edits can be made together."""
+        try:
+            edits.check(set(self.sizes), self.types, chosen)
+        except ValueError:
+            return False
+        return True
+
+    def plan(self, chosen: list[Edit], scores: list[float], metric: str, work: Work | None = None) -> Plan:
+        shares = [self.share(chosen[: n + 1]) for n in range(len(chosen))]
+        return Plan(chosen, scores, metric, shares, work or Work())
+
+
+def cheapest(model: nn.Module, target: Target, scores: dict[Drop, float], metric: str) -> Plan:
+    """All at once: the edits of the lowest scores, until the target is reached."""
+    check_target(target)
+    budget, chosen = Budget(model), []
+    for edit in sorted(scores, key=scores.get):
+        if budget.fits([*chosen, edit]):
+            chosen.append(edit)
+    return budget.plan(chosen, [scores[edit] for edit in chosen], metric).to(target)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
