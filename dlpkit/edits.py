@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from dlpkit import archs, units
+from dlpkit.absent import NoAttention, NoMLP, Zero
 from dlpkit.archs import Arch
 
 PARTS = ("attn", "mlp", "layer")
@@ -224,34 +225,6 @@ def parameters(model: nn.Module, arch: Arch) -> dict[Half, int]:
     }
 
 
-class Zero(nn.Module):
-    """Stands where the last Linear of a dropped branch stood and answers 0, which the residual stream adds.
-
-    The zero is stored as that Linear's weight: a load without dlpkit finds [1] instead of [N, K] and fails, instead of making up a layer.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.register_buffer("weight", linear.weight.new_zeros(1))
-
-    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        return self.weight
-
-
-class NoAttention(nn.Module):
-    """An attention that is gone: takes whatever a block gives it, adds zero, has no weights to show and touches no cache."""
-
-    def forward(self, *args, **kwargs) -> tuple[torch.Tensor, None]:
-        return next(self.buffers()), None
-
-
-class NoMLP(nn.Module):
-    """An MLP that is gone."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return next(self.buffers())
-
-
 def _drop(blocks: nn.ModuleList, arch: Arch, edit: Drop) -> None:
     block = blocks[edit.layer]
     if edit.part == "layer":
@@ -314,7 +287,7 @@ def check(there: set[Half], types: list[str], edits: list[Edit]) -> set[Half]:
         if missing := edit.needs - there:
             raise ValueError(f"{edit} does not fit the model, which has no {_told(missing)}")
         for other in edits[:position]:
-            sliced = isinstance(edit, Slice) and isinstance(other, Slice) and edit.needs & other.needs
+            sliced = Slice in (type(edit), type(other)) and edit.needs & other.needs
             if other == edit or edit.needs & other.takes or other.needs & edit.takes or sliced:
                 raise ValueError(f"{edit} and {other} are in each other's way")
     if unknown := {layer for edit in edits for layer, _ in edit.takes} - {layer for layer, _ in there}:
