@@ -5,21 +5,21 @@ import functools
 import pytest
 import torch
 from dense_gemv import gemv
-from shapes import SHAPES, density, sparse
+from shapes import SHAPES, UNSTRUCTURED, density, sparse
 from timing import clock, copies, ring_length
 
 from dlpkit.kernels import formats
 
-MASKS = [(p, mask) for p in ("0.5", "0.6", "0.7", "0.8") for mask in ("random", "wanda")]
+MASKS = [(p, mask) for p in UNSTRUCTURED for mask in ("random", "wanda")]
 MASKS += [(p, "random") for p in ("2:4", "4:8", "8:16")]  # full groups: no mask differs from another
 ROWS = [1, 2, 4, 8]
 TOLERANCE = 3e-3  # relative error of a bfloat16 product
 
 
 @functools.lru_cache(maxsize=1)
-def layer(shape, pattern, mask):
+def layer(shape, pattern, masks):
     """The weight and a ring of its packed copies."""
-    weight = sparse(shape, pattern, mask)
+    weight = sparse(shape, pattern, masks)
     packed = formats.get("nm" if ":" in pattern else "sell").pack(weight)
     return weight, copies(packed, ring_length(packed.nbytes))
 
@@ -46,8 +46,11 @@ def relative_error(got, want) -> float:
 @pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize(("pattern", "mask"), MASKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-def bench_matmul(shape, pattern, mask, M, timed):
-    weight, ring = layer(shape, pattern, mask)
+def bench_matmul(shape, pattern, mask, M, timed, request):
+    masks = request.config.getoption("--masks") if mask == "wanda" else None
+    if mask == "wanda" and not masks:
+        pytest.skip("--masks says whose: see masks.py")
+    weight, ring = layer(shape, pattern, masks)
     N, K = shape
     xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]
     error = relative_error(ring[0].matmul(xs[0]), xs[0].double() @ weight.double().t())

@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def pytest_addoption(parser):
     parser.addoption("--rows", help="file to append result rows to")
+    parser.addoption("--masks", help="masks of a real model, made by masks.py, to run beside the random ones")
     parser.addoption("--commit", help="what to record where there is no git checkout")
 
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dlpkit.kernels.early import early_start, inputs_ready, let_next_start
 from dlpkit.kernels.runtime import multiprocessors
 
 ROWS = 8  # rows of x that one launch takes
@@ -123,8 +124,10 @@ def finish(
 def _pair_kernel(
     x_ptr, out_ptr,  # [x_rows, K], int32
     K, x_rows, stride_xm, stride_xk, stride_op, stride_ok,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(EARLY)
+    inputs_ready(EARLY)
     pair = tl.program_id(1)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = x_ptr + 2 * pair * stride_xm + k * stride_xk
@@ -148,18 +151,21 @@ def rows_of(x: torch.Tensor, planes: bool) -> tuple[torch.Tensor, int, int]:
     out = torch.empty((M // 2, plane) if planes else (K, M // 2), dtype=torch.int32, device=x.device)
     stride = out.stride() if planes else out.stride()[::-1]
     block = 256
-    _pair_kernel[triton.cdiv(K, block), M // 2](x, out, K, x_rows, *x.stride(), *stride, BLOCK=block, num_warps=2)
+    _pair_kernel[triton.cdiv(K, block), M // 2](
+        x, out, K, x_rows, *x.stride(), *stride, BLOCK=block, num_warps=2, **early_start(x.device)
+    )
     return out, M, plane
 
 
 def launch(programs: int, lanes: int, M: int, fewest: int, crowded: int, device: torch.device) -> dict[str, int]:
-    """Warps, one lane to a thread, and from M = 4 the registers of a thread.
+    """Warps, one lane to a thread, an early start where there is one, and from M = 4 the registers of a thread.
 
     They are as many as let all programs be resident at once, if that is `fewest` or more, else `crowded`.
     """
     warps = max(1, lanes // 32)
+    options = {"num_warps": warps, **early_start(device)}
     if M < 4:
-        return {"num_warps": warps}
+        return options
     threads = triton.cdiv(programs, multiprocessors(device)) * 32 * warps  # of a multiprocessor, if all are resident
     fit = REGISTER_FILE // threads // 8 * 8
-    return {"num_warps": warps, "maxnreg": min(64, fit) if fit >= fewest else crowded}
+    return {**options, "maxnreg": min(64, fit) if fit >= fewest else crowded}

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dlpkit.kernels.early import first_words, inputs_ready, let_next_start
 from dlpkit.kernels.lanes import DTYPES, ROWS, add, finish, high, launch, low, rows_of, stream_word, stream_words, zeros
 from dlpkit.kernels.runtime import use_ptx
 
@@ -48,7 +49,7 @@ def _walk_kernel(
     x_ptr, values_ptr, gaps_ptr, bases_ptr, order_ptr, pairs_ptr, steps_ptr, bias_ptr, y_ptr,
     N, x_rows, stride_x,
     PLANE: tl.constexpr, M: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     L: tl.constexpr = R * S
     block = tl.program_id(0).to(tl.int64)
@@ -58,7 +59,6 @@ def _walk_kernel(
     steps_before = tl.load(steps_ptr + block).to(tl.int64)
     col = tl.load(bases_ptr + block * L + lane).to(tl.int32)  # [L]
     row = tl.load(order_ptr + block * R + tl.arange(0, R))  # [R]
-    bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32) if BIAS else tl.zeros([R], tl.float32)
     acc = zeros(L, M)
 
     full = pairs // 4
@@ -67,8 +67,9 @@ def _walk_kernel(
     gap_ptrs = gaps_ptr + steps_before * L + lane
     last_ptrs = values_ptr + (pairs_before + 4 * full) * L + lane
     if full > 0:
-        values = stream_words(value_ptrs, PTX)
-        gaps = stream_word(gap_ptrs, PTX)
+        values = first_words(value_ptrs, PTX)
+        gaps = tl.load(gap_ptrs)
+        inputs_ready(EARLY)
         for _ in range(1, full):
             value_ptrs += 4 * L
             gap_ptrs += L
@@ -81,8 +82,11 @@ def _walk_kernel(
         acc, col = _step(acc, col, values, gaps, x_ptr, stride_x, PLANE, 8, M, DTYPE, PTX)
     else:
         last = _last(last_ptrs, gap_ptrs, rest, L)
+        inputs_ready(EARLY)
     if rest > 0:
         acc, col = _step(acc, col, last, last[3], x_ptr, stride_x, PLANE, 6, M, DTYPE, PTX)
+    let_next_start(EARLY)
+    bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32) if BIAS else tl.zeros([R], tl.float32)
     finish(acc, row, bias, y_ptr, N, x_rows, M, R, S)
 
 

@@ -169,3 +169,28 @@ def test_matmul_refuses_other_shapes_and_dtypes(format):
     for x in (torch.zeros(1, 31, dtype=torch.bfloat16), torch.zeros(1, 32)):
         with pytest.raises(ValueError, match=f"{format}.matmul wants x"):
             packed.matmul(x.to(DEVICE))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="kernels overlap on a GPU only")
+@pytest.mark.parametrize("pattern", ["0.6", "2:4"])
+@pytest.mark.parametrize("M", [1, 2, 4])
+def test_layers_in_a_row_wait_for_each_other(pattern, M):
+    """A kernel starts before the one ahead has ended, but reads x only after: the same bits as with a pause after each layer."""
+    layers = [pack(sparse(2048, 2048, pattern, torch.float16, seed) / 32, pattern) for seed in range(6)]
+    x = torch.randn(M, 2048, dtype=torch.float16, device=DEVICE)
+
+    def run(pause):
+        y = x
+        for layer in layers:
+            y = layer.matmul(y)
+            if pause:
+                torch.cuda.synchronize()
+        return y
+
+    want = run(pause=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(pause=False)
+    for _ in range(100):
+        graph.replay()
+        assert torch.equal(got, want)

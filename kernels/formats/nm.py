@@ -20,6 +20,7 @@ from dlpkit.kernels.storage import BITS
 
 if HAS_TRITON:
     from dlpkit.kernels import group, ops  # noqa: F401 (ops registers torch.ops.dlpkit)
+    from dlpkit.kernels.early import settle
 
 CODE_BITS = {4: 2, 8: 4, 16: 4, 32: 8}  # m -> bits of one position
 
@@ -85,6 +86,7 @@ def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0) -> NM:
     n, m = _cheapest(weight, fullest.tolist())
     packed = _sized(weight, n, m, rows, segments)
     values, codes = group.pack(integers, words, n, m, packed.rows, packed.segments, packed.step, packed.steps)
+    settle(weight.device)
     return replace(packed, values=values.view(weight.dtype), codes=codes)
 
 

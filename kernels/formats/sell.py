@@ -29,6 +29,7 @@ if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
     from dlpkit.kernels import slots as kernels
     from dlpkit.kernels.arrange import arrange
+    from dlpkit.kernels.early import settle
 
 FAR = 15  # the largest distance between two slots
 CHUNK = 2**22  # weights packed at a time
@@ -100,6 +101,7 @@ def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | 
     )
     values, gaps, bases = tensors
     order = torch.nn.functional.pad(order, (0, -N % rows), value=N)
+    settle(weight.device)
     return Sell(values.view(weight.dtype), gaps, bases, order, **before, N=N, K=K, rows=rows, segments=segments)
 
 
