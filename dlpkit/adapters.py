@@ -24,16 +24,14 @@ KINDS = ("lora", "masked", "grouped")
 def attach(model: nn.Module, kind: str = "masked", rank: int = 8, alpha: float = 16.0, group: int = 32) -> PeftModel:
     """Put one adapter beside every prunable Linear of a causal LM; all other parameters are frozen. Drawn from torch's global seed.
 
-    alpha: the product is scaled by alpha / rank. group: inputs that share a column of A, for "grouped". "lora" takes packed models too. Raises
-    ValueError for a kind that does not exist or does not fit the model.
+    alpha: the product is scaled by alpha / rank. group: inputs that share a column of A, for "grouped". "lora" takes packed models too.
+    Raises ValueError for an unknown kind, and for the others on packed weights.
     """
     if kind not in KINDS:
         raise ValueError(f"adapters are one of {', '.join(KINDS)}, got {kind!r}")
     if kind != "lora" and sparse_linears(model):
         raise ValueError(f"{kind} adapters need the weights unpacked: unpack the model first, or take kind 'lora'")
     linears = dict(archs.model_linears(model, archs.of(model)))
-    if kind == "grouped" and (odd := [name for name, linear in linears.items() if linear.in_features % group]):
-        raise ValueError(f"{odd[0]} has {linears[odd[0]].in_features} inputs, not a multiple of the group of {group}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(linears))
     if kind != "lora":
         config._register_custom_module({nn.Linear: MaskedLora if kind == "masked" else grouped(group)})
@@ -81,18 +79,21 @@ class MaskedLora(LoraLinear):
 
 
 def grouped(group: int) -> type[MaskedLora]:
-    """MaskedLora with A [rank, K / group] on inputs summed over groups, divided by sqrt(group) to keep their variance."""
+    """MaskedLora with A [rank, K / group] on inputs summed over groups, divided by sqrt(group) to keep their variance.
+
+    Where `group` does not divide K, the last group is smaller.
+    """
 
     class GroupedLora(MaskedLora):
         def update_layer(self, adapter: str, *args, **kwargs) -> None:
             super().update_layer(adapter, *args, **kwargs)
             full = self.lora_A[adapter]
             like = {"device": full.weight.device, "dtype": full.weight.dtype}
-            self.lora_A[adapter] = nn.Linear(full.in_features // group, full.out_features, bias=False, **like)
+            self.lora_A[adapter] = nn.Linear(-(-full.in_features // group), full.out_features, bias=False, **like)
 
         def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
             a, b = super().factors()
-            return a.repeat_interleave(group, 1) / math.sqrt(group), b
+            return a.repeat_interleave(group, 1)[:, : self.in_features] / math.sqrt(group), b
 
     return GroupedLora
 
