@@ -92,11 +92,80 @@ def packing() -> str:
     return table(lines, ("layer", "what", "pattern", "time", "of copy bandwidth"))
 
 
+def recovery() -> str:
+    """Perplexity of a weight-pruned model as each method trains it and as it is saved, with the share of zeros."""
+    found = rows("recovery-h100.jsonl")
+    best = {}
+    for row in found:  # of several learning rates, the one with the lowest validation loss
+        if row["method"] not in best or lowest(row) < lowest(best[row["method"]]):
+            best[row["method"]] = row
+    lines = [
+        (
+            row["method"],
+            f"{row['lr']:g}",
+            f"{row['trainable'] / 1e6:.2f} M",
+            number(row["perplexity_before"]),
+            number(row["perplexity_trained"]),
+            f"**{number(row['perplexity_merged'])}**",
+            f"{row['sparsity_before']:.4%}",
+            f"{row['sparsity_after']:.4%}",
+            f"{row['train_seconds']:.0f} s",
+        )
+        for row in best.values()
+    ]
+    header = ("method", "lr", "trained", "before", "as trained", "as saved", "zeros before", "zeros after", "training")
+    first = found[0]
+    tokens = first["steps"] * first["batch_size"] * first["seqlen"] / 1e6
+    return (
+        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['criterion']} {first['allocation']} {first['pattern']}, dense "
+        f"{first['dense_perplexity']:.2f}; up to {first['steps']} steps, {tokens:.1f} M tokens of C4; {first['gpu']}, torch {first['torch']}, commit {first['commit']}."
+    )
+
+
+def lowest(row: dict) -> float:
+    return min(loss for _, loss in row["validation"])
+
+
+def width() -> str:
+    """Held-out loss and perplexity of width-pruned models by method and share of parameters removed, before and after recovery."""
+    found = [row for row in rows("width-h100.jsonl") if row["bench"] == "width"]
+    targets = sorted({row["target"] for row in found})
+    by = {}
+    for row in found:
+        name = " ".join([row["method"], *(f"{value}" for value in row["options"].values())])
+        by.setdefault(name, {}).setdefault(row["target"], {}).update(row)
+    lines = []
+    for name, at in by.items():
+        line = [name]
+        for target in targets:
+            row = at.get(target, {})
+            shown = ("held_out_loss", "perplexity", "perplexity_recovered")
+            line += [
+                f"{row[key]:.3f}" if key == "held_out_loss" and key in row else number(row[key]) if key in row else ""
+                for key in shown
+            ]
+        lines.append(tuple(line))
+    what = ("C4 loss", "perplexity", "recovered")
+    header = ("method", *(f"{target:.0%}: {kind}" for target in targets for kind in what))
+    first = found[0]
+    return (
+        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, dense perplexity {first['dense_perplexity']:.2f}, C4 loss "
+        f"{first['dense_held_out_loss']:.3f}; {first['gpu']}, torch {first['torch']}, commit {first['commit']}."
+    )
+
+
 def share(size: int | None, dense: int) -> str:
     return "" if size is None else f"{size / 1e6:.1f} MB, {size / dense:.1%}"
 
 
-TABLES = {"quality": quality, "sizes": sizes, "kernels": kernels, "packing": packing}
+TABLES = {
+    "quality": quality,
+    "recovery": recovery,
+    "width": width,
+    "sizes": sizes,
+    "kernels": kernels,
+    "packing": packing,
+}
 
 
 def main() -> None:

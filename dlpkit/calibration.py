@@ -27,6 +27,7 @@ class Stats:
     tokens: int
     sq: torch.Tensor  # [K] float32, sum of squares per input feature
     hessian: torch.Tensor | None = None  # [K, K] float32, sum of x x^T
+    sum: torch.Tensor | None = None  # [K] float32, sum per input feature
 
 
 class Stream:
@@ -118,10 +119,13 @@ def _watching(block: nn.Module, arch: Arch, needs: set[str], collected: dict[str
             K = x.shape[1]
             if name not in collected:
                 hessian = torch.zeros(K, K, device=x.device) if "hessian" in needs else None
-                collected[name] = Stats(0, torch.zeros(K, device=x.device), hessian)
+                total = torch.zeros(K, device=x.device) if "sum" in needs else None
+                collected[name] = Stats(0, torch.zeros(K, device=x.device), hessian, total)
             stats = collected[name]
             stats.tokens += x.shape[0]
             stats.sq += x.square().sum(0)
+            if stats.sum is not None:
+                stats.sum += x.sum(0)
             if stats.hessian is not None:
                 stats.hessian.addmm_(x.T, x)
 

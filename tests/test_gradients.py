@@ -50,16 +50,34 @@ def test_nothing_is_left_behind(tokens):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_models_rank_alike(dtype, tokens):
     """Gradients are accumulated in float32, and float16's are scaled out of its smallest numbers."""
-    expected = gradients.terms(tiny_model(), [tokens])[1, "mlp"].of("element")[0]
-    found = gradients.terms(tiny_model(dtype=dtype), [tokens])[1, "mlp"].of("element")[0]
+    expected = gradients.terms(tiny_model(), [tokens])[1, "mlp"].total("element")
+    found = gradients.terms(tiny_model(dtype=dtype), [tokens])[1, "mlp"].total("element")
     assert torch.corrcoef(torch.stack([expected, found]))[0, 1] > 0.99
 
 
 def test_aggregations():
     values = torch.tensor([[[1.0, 4.0]], [[3.0, 2.0]]])  # two Linears, one batch, two units
-    terms = gradients.Terms(values, values)
-    found = {name: terms.of("vector", name)[0].tolist() for name in gradients.AGGREGATIONS}
-    assert found == {"sum": [4, 6], "prod": [3, 8], "max": [3, 4], "last": [3, 2]}
+    terms = gradients.Terms(values, values, values[:, 0])
+    for found in (
+        lambda name: terms.each("vector", name)[0],
+        lambda name: terms.total("vector", name),
+        lambda name: terms.total("element", name),
+    ):
+        assert {name: found(name).tolist() for name in gradients.AGGREGATIONS} == {
+            "sum": [4, 6],
+            "prod": [3, 8],
+            "max": [3, 4],
+            "last": [3, 2],
+        }
+
+
+def test_the_pooled_term_is_that_of_one_large_batch(tokens):
+    """Opposite signs in two batches cancel, as they do in the gradient of both."""
+    model = tiny_model()
+    parts, whole = gradients.terms(model, list(tokens.split(3))), gradients.terms(model, [tokens])
+    for half, terms in parts.items():
+        torch.testing.assert_close(terms.pooled, whole[half].vector[:, 0], rtol=1e-3, atol=1e-6)  # float32
+        assert (terms.pooled <= terms.vector.mean(1) * (1 + 1e-5)).all()
 
 
 def test_a_damaged_model_is_refused(tokens):

@@ -1,4 +1,4 @@
-"""Which layers, or halves of layers, a model can do without, one file each: `plan(model, batches, target, ...)` -> Plan.
+"""Which layers, halves of layers, or units of halves, a model can do without, one file each: `plan(model, batches, target, ...)` -> Plan.
 
 A structure is its module: `plan` takes a causal LM on its device, calibration windows [B, T] of one length, and a target: a share of all
 parameters (0.2: at least so many are to go) or a number of things to remove (12). Its keyword arguments with a default are its options,
