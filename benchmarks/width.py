@@ -18,6 +18,7 @@ from quality import environment
 
 from dlpkit import checkpoint, data, edits, models, recipe, recovery, structure
 from dlpkit.evaluate import perplexity
+from dlpkit.gradients import terms
 from dlpkit.kernels.runtime import default_device
 from dlpkit.recovery import Settings
 
@@ -31,7 +32,7 @@ def main() -> None:
     args = parse()
     device, tokenizer = default_device(), models.load_tokenizer(args.model)
     model = models.load_dense(args.model, args.dtype).to(device)
-    evaluation = data.evaluation(tokenizer, args.eval_text, args.eval_seqlen)
+    evaluation = data.evaluation(tokenizer, args.eval_text, args.eval_seqlen) if args.eval_text else None
     settings = Settings(
         args.recovery,
         steps=max(args.steps, 1),
@@ -44,19 +45,28 @@ def main() -> None:
     batches = list(windows[: args.nsamples].split(args.batch_size))
     about = {
         "bench": "width", "model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "seqlen": args.seqlen,
-        "nsamples": args.nsamples, "batch_size": args.batch_size, "text": Path(args.text).name, "eval_text": Path(args.eval_text).name,
+        "nsamples": args.nsamples, "batch_size": args.batch_size, "text": Path(args.text).name,
         "text_tokens": data.fingerprint(windows[: args.nsamples]), "held_out_tokens": data.fingerprint(held_out),
-        "eval_tokens": data.fingerprint(evaluation), "parameters": sum(p.numel() for p in model.parameters()),
-        "dense_perplexity": perplexity(model, evaluation, args.eval_batch_size).perplexity,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "dense_held_out_loss": perplexity(model, held_out, args.eval_batch_size).loss, **environment(args.commit),
     }  # fmt: skip
+    if evaluation is not None:
+        about |= {
+            "eval_text": Path(args.eval_text).name, "eval_tokens": data.fingerprint(evaluation),
+            "dense_perplexity": perplexity(model, evaluation, args.eval_batch_size).perplexity,
+        }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    found = None
     for target in args.targets:
         for method in args.methods:
             name, _, pairs = method.partition(":")
             options = recipe.options(pairs.split(",")) if pairs else {}
             start = time.perf_counter()
-            plan = structure.get(name).plan(model, batches, target, **options)
+            if hasattr(structure.get(name), "decide"):  # all that read gradients read the same
+                found = found or terms(model, batches)
+                plan = structure.get(name).decide(model, found, target, **options)
+            else:
+                plan = structure.get(name).plan(model, batches, target, **options)
             result = {
                 "method": name,
                 "options": options,
@@ -65,7 +75,8 @@ def main() -> None:
                 "plan_seconds": time.perf_counter() - start,
             }
             with edits.trial(model, plan.edits):
-                result["perplexity"] = perplexity(model, evaluation, args.eval_batch_size).perplexity
+                if evaluation is not None:
+                    result["perplexity"] = perplexity(model, evaluation, args.eval_batch_size).perplexity
                 result["held_out_loss"] = perplexity(model, held_out, args.eval_batch_size).loss
             if args.steps:
                 result |= recovered(model, plan.edits, windows, held_out, evaluation, settings, args)
@@ -90,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True, help="calibration and training text")
-    parser.add_argument("--eval-text", required=True, help="text whose perplexity is measured")
+    parser.add_argument("--eval-text", help="text whose perplexity is measured; without it, only the held-out loss is")
     parser.add_argument("--out", type=Path, required=True, help="jsonl file to append to")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--targets", nargs="+", type=float, default=(0.2, 0.35))

@@ -189,9 +189,9 @@ def test_llm_pruners_scores_are_its_terms():
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="two or more, got 1"):
         saap.plan(model_of(), BATCHES[:1], 0.2)
-    with pytest.raises(ValueError, match="fusion is F1, F2, F3"):
+    with pytest.raises(ValueError, match="fusion is one of F1, F2, F3"):
         saap.plan(model_of(), BATCHES, 0.2, fusion="F4")
-    with pytest.raises(ValueError, match="term is element or vector"):
+    with pytest.raises(ValueError, match="term is one of element, vector"):
         llm_pruner.plan(model_of(), BATCHES, 0.2, term="scalar")
 
 

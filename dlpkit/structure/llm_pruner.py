@@ -8,7 +8,8 @@ all the text at once, as there.
 import torch
 from torch import nn
 
-from dlpkit.gradients import AGGREGATIONS, terms
+from dlpkit.edits import Half
+from dlpkit.gradients import AGGREGATIONS, Terms, terms
 from dlpkit.progress import Progress, silent
 from dlpkit.structure import Plan, Target, check_target
 from dlpkit.structure._width import MULTIPLE, choose, rooms, shares
@@ -21,10 +22,23 @@ def plan(
     first: int | None = None, last: int | None = None, multiple: int = MULTIPLE, journal: None = None, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """term: "element" or "vector". aggregation: over the Linears of a group. first, last: layers left alone. An integer target counts units."""
-    if term not in TERMS or aggregation not in AGGREGATIONS:
-        raise ValueError(
-            f"llm_pruner's term is {' or '.join(TERMS)} and its aggregation {', '.join(AGGREGATIONS)}, got {term!r}, {aggregation!r}"
-        )
     check_target(target)
-    held, found = rooms(model, first, last, multiple), terms(model, batches, progress)
+    _check(term, aggregation)
+    rooms(model, first, last, multiple)
+    return decide(model, terms(model, batches, progress), target, term, aggregation, first, last, multiple)
+
+
+def decide(
+    model: nn.Module, found: dict[Half, Terms], target: Target, term: str = "element", aggregation: str = "sum",
+    first: int | None = None, last: int | None = None, multiple: int = MULTIPLE,
+) -> Plan:  # fmt: skip
+    """`plan` from terms that were measured before."""
+    _check(term, aggregation)
+    held = rooms(model, first, last, multiple)
     return choose(model, shares({half: found[half].total(term, aggregation) for half in held}), target, held)
+
+
+def _check(term: str, aggregation: str) -> None:
+    for what, value, known in (("term", term, TERMS), ("aggregation", aggregation, AGGREGATIONS)):
+        if value not in known:
+            raise ValueError(f"llm_pruner's {what} is one of {', '.join(known)}, got {value!r}")

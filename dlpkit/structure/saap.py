@@ -31,16 +31,23 @@ def plan(
     first: int | None = None, last: int | None = None, multiple: int = MULTIPLE, journal: None = None, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
     """fusion, search: as above. aggregation: over the Linears of a group. first, last: layers left alone. An integer target counts units."""
-    if fusion not in FUSIONS or search not in SEARCHES or aggregation not in AGGREGATIONS:
-        raise ValueError(
-            f"saap's fusion is {', '.join(FUSIONS)}, its search {', '.join(SEARCHES)} and its aggregation {', '.join(AGGREGATIONS)}, got {fusion!r}, {search!r}, {aggregation!r}"
-        )
     check_target(target)
     if len(batches) < 2:
         raise ValueError(
             f"saap compares batches, so it wants two or more, got {len(batches)}: take a smaller batch size"
         )
-    held, found = rooms(model, first, last, multiple), terms(model, batches, progress)
+    _check(fusion, search, aggregation)
+    rooms(model, first, last, multiple)
+    return decide(model, terms(model, batches, progress), target, fusion, search, aggregation, first, last, multiple)
+
+
+def decide(
+    model: nn.Module, found: dict[Half, Terms], target: Target, fusion: str = "F1", search: str = "S2", aggregation: str = "sum",
+    first: int | None = None, last: int | None = None, multiple: int = MULTIPLE,
+) -> Plan:  # fmt: skip
+    """`plan` from terms that were measured before."""
+    _check(fusion, search, aggregation)
+    held = rooms(model, first, last, multiple)
     fused = fuse({half: found[half] for half in held}, fusion, aggregation)
     unstable = {half: instability(importance) for half, importance in fused.items()}
     if search == "S1":
@@ -70,6 +77,16 @@ def instability(importance: torch.Tensor) -> torch.Tensor:
     """[batches, units] -> [units], var / mean^2 over the batches; 0 for a unit that no batch gives any importance."""
     mean = importance.mean(0)
     return torch.where(mean > 0, importance.var(0) / mean.square(), 0.0)
+
+
+def _check(fusion: str, search: str, aggregation: str) -> None:
+    for what, value, known in (
+        ("fusion", fusion, FUSIONS),
+        ("search", search, SEARCHES),
+        ("aggregation", aggregation, AGGREGATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"saap's {what} is one of {', '.join(known)}, got {value!r}")
 
 
 def _learned(values: torch.Tensor) -> torch.Tensor:
