@@ -23,7 +23,7 @@ def main() -> None:
     device, tokenizer = default_device(), models.load_tokenizer(args.model)
     model = models.load_dense(args.model, args.dtype).to(device)
     windows = data.calibration(tokenizer, args.text, args.nsamples, args.eval_seqlen, args.seed)
-    evaluation = data.evaluation(tokenizer, args.eval_text, args.eval_seqlen)
+    evaluation = data.evaluation(tokenizer, args.eval_text, args.eval_seqlen, args.eval_windows)
     training, held_out = data.training(tokenizer, args.text, args.steps * args.batch_size, args.seqlen)
     dense = perplexity(model, evaluation, args.eval_batch_size).perplexity
     pruning.prune(
@@ -34,7 +34,7 @@ def main() -> None:
     about = {
         "bench": "recovery", "model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "criterion": args.criterion,
         "allocation": args.allocation, "pattern": args.sparsity, "text": Path(args.text).name, "eval_text": Path(args.eval_text).name,
-        "eval_tokens": data.fingerprint(evaluation), "training_tokens": data.fingerprint(training), "seqlen": args.seqlen,
+        "eval_tokens": data.fingerprint(evaluation), "eval_windows": len(evaluation), "training_tokens": data.fingerprint(training), "seqlen": args.seqlen,
         "batch_size": args.batch_size, "steps": args.steps, "seed": args.seed, "dense_perplexity": dense, "perplexity_before": before,
         **environment(args.commit),
     }  # fmt: skip
@@ -85,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval-every", type=int, default=50)
     parser.add_argument("--eval-seqlen", type=int, default=2048)
+    parser.add_argument("--eval-windows", type=int, help="at most so many, from the beginning")
     parser.add_argument("--eval-batch-size", type=int, default=8)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)

@@ -32,7 +32,9 @@ def main() -> None:
     args = parse()
     device, tokenizer = default_device(), models.load_tokenizer(args.model)
     model = models.load_dense(args.model, args.dtype).to(device)
-    evaluation = data.evaluation(tokenizer, args.eval_text, args.eval_seqlen) if args.eval_text else None
+    evaluation = (
+        data.evaluation(tokenizer, args.eval_text, args.eval_seqlen, args.eval_windows) if args.eval_text else None
+    )
     settings = Settings(
         args.recovery,
         steps=max(args.steps, 1),
@@ -52,7 +54,7 @@ def main() -> None:
     }  # fmt: skip
     if evaluation is not None:
         about |= {
-            "eval_text": Path(args.eval_text).name, "eval_tokens": data.fingerprint(evaluation),
+            "eval_text": Path(args.eval_text).name, "eval_tokens": data.fingerprint(evaluation), "eval_windows": len(evaluation),
             "dense_perplexity": perplexity(model, evaluation, args.eval_batch_size).perplexity,
         }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-batch-size", type=int, default=32)
     parser.add_argument("--eval-every", type=int, default=20)
     parser.add_argument("--eval-seqlen", type=int, default=2048)
+    parser.add_argument("--eval-windows", type=int, help="at most so many, from the beginning")
     parser.add_argument("--eval-batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
