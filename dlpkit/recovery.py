@@ -107,13 +107,13 @@ def recover(
 def prepare(model: nn.Module, settings: Settings) -> nn.Module:
     """What `train` trains: the model with adapters, or the model itself in float32 with nothing frozen."""
     if settings.method == "full":
-        return model.float().requires_grad_(True)
+        return _cast(model, torch.float32).requires_grad_(True)
     return _adapters().attach(model, settings.method, settings.rank, settings.alpha, settings.group)
 
 
 def finish(trained: nn.Module, dtype: torch.dtype, format: str = "auto") -> nn.Module:
     """The trained model in `dtype` without adapters, nothing left to train; a packed one runs on in `format`."""
-    model = _adapters().merge(trained, format) if hasattr(trained, "peft_config") else trained.to(dtype)
+    model = _adapters().merge(trained, format) if hasattr(trained, "peft_config") else _cast(trained, dtype)
     return model.requires_grad_(False)
 
 
@@ -228,6 +228,13 @@ def _batch(windows: torch.Tensor, settings: Settings, step: int) -> torch.Tensor
 
 def _order(count: int, seed: int, turn: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Parameters alone: rotary tables stay as exact as they are, and transformers casts no model that a quantizer has loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _zeros(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:

@@ -5,7 +5,7 @@ import torch
 from conftest import random_sparse, tiny_model
 
 import dlpkit
-from dlpkit import archs, recovery
+from dlpkit import Drop, Slice, archs, recovery
 from dlpkit.journal import Journal
 from dlpkit.packing import sparse_linears
 from dlpkit.recovery import METHODS, Settings
@@ -121,6 +121,24 @@ def test_grouped_adapters_share_columns(group, text):
     for part in delta.split(group, 1):
         torch.testing.assert_close(part, part[:, :1].expand_as(part), rtol=0, atol=1e-6)  # float32
         assert part.abs().max() > 1e-3
+
+
+def test_a_merge_that_fills_zeros_is_refused(text, monkeypatch):
+    monkeypatch.setattr(adapters, "keep_zeros", lambda new, old: new.to(old.dtype))
+    with pytest.raises(RuntimeError, match=r"layers\.0\..* zeros and now has .*: the merge is wrong"):
+        recovery.recover(pruned(), *text, Settings("lora", **SMALL), "cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_that_lost_depth_and_width_recover(method, text, tokens, tmp_path):
+    model = tiny_model(num_hidden_layers=5)
+    dlpkit.edit(
+        model, [Drop(1, "attn"), Drop(3, "layer"), Slice(2, "attn", 1), Slice(0, "mlp", 56), Slice(2, "mlp", 40)]
+    )
+    recovered, done = recovery.recover(model, *text, Settings(method, **SMALL), "cpu")
+    assert done.merged < done.validation[0][1]
+    dlpkit.save(recovered, tmp_path / "out")
+    assert torch.equal(dlpkit.load(tmp_path / "out")(tokens).logits, recovered(tokens).logits)
 
 
 def test_pefts_own_merge_keeps_zeros_too(text):
