@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from dlpkit.progress import Progress, silent
 
@@ -15,6 +16,18 @@ class Perplexity:
     loss: float  # nats per predicted token
     tokens: int  # predicted tokens: seqlen - 1 per window
     seqlen: int
+
+
+@torch.no_grad()
+def cache_bytes(model: nn.Module) -> int:
+    """Bytes that the model's cache of keys and values grows by with each token: what a cache holds after one."""
+    cache = DynamicCache(config=model.config)
+    model(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device),
+        past_key_values=cache,
+    )
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
 
 
 @torch.no_grad()

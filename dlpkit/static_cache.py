@@ -59,11 +59,16 @@ def compiled(blocks: Iterable[nn.Module], cache: Cache) -> Iterator[None]:
     }
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(settings))
-        for block, layer in zip(blocks, cache.layers, strict=True):
+        for block in blocks:
             _free_lengths(block)
-            block.forward = _caller(run, block, layer, cache)
+            block.forward = _caller(run, block, cache.layers[_layer(block)], cache)
             stack.callback(delattr, block, "forward")
         yield
+
+
+def _layer(block: nn.Module) -> int:
+    """Which layer of a cache the block's attention fills: not that of its own number where others have no attention (dlpkit.edits)."""
+    return next(module.layer_idx for module in block.children() if hasattr(module, "layer_idx"))
 
 
 def _caller(run, block: nn.Module, layer: Slots, cache: Cache):

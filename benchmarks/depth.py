@@ -1,0 +1,205 @@
+"""What depth pruning costs, as rows of benchmarks/results/depth-<gpu>.jsonl: perplexity, search time, and tokens per second.
+
+    python benchmarks/depth.py quality smollm2-135m --text c4.jsonl --eval-text wiki.test.raw --out rows.jsonl
+    python benchmarks/depth.py search smollm2-135m --text c4.jsonl --out rows.jsonl     # naive loop, trunk, lazy
+    python benchmarks/depth.py shapes --out rows.jsonl                                   # random weights of Llama-2-7B and -3-8B
+
+Sliding merging reads ten windows of 128 tokens, as its paper does; all others --nsamples windows of --seqlen.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from quality import environment
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dlpkit import archs, data, edits, models, structure
+from dlpkit.edits import RULES, Drop
+from dlpkit.evaluate import cache_bytes, perplexity
+from dlpkit.generation import Decoder
+from dlpkit.journal import Journal
+from dlpkit.kernels.runtime import default_device
+
+METHODS = (
+    ("blockpruner", {}), ("sleb", {}), ("shortgpt", {}),
+    ("shortened", {"order": "ppl"}), ("shortened", {"order": "taylor"}), *(("sliding_merge", {"rule": rule}) for rule in RULES),
+)  # fmt: skip
+TARGETS = (0.1, 0.2, 0.3)
+SLIDING_WINDOWS = (10, 128)  # arXiv:2502.19159
+LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip
+LLAMA_3_8B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "vocab_size": 128256, "max_position_embeddings": 8192,
+}  # fmt: skip
+PROMPT, NEW_TOKENS = 128, 256
+
+
+def quality(args: argparse.Namespace, out: "Rows") -> None:
+    """Perplexity of every method at every target; searches that are nested go once, to the largest."""
+    device = default_device()
+    model, tokenizer = models.load_dense(args.model, args.dtype).to(device), models.load_tokenizer(args.model)
+    held_out = data.evaluation(tokenizer, args.eval_text, args.seqlen)
+    dense = perplexity(model, held_out, args.batch_size).perplexity
+    for method, options in METHODS:
+        sliding = method == "sliding_merge"
+        nsamples, seqlen = SLIDING_WINDOWS if sliding else (args.nsamples, args.seqlen)
+        windows = data.calibration(tokenizer, args.text, nsamples, seqlen, args.seed)
+        plan = None
+        for target in sorted(TARGETS, reverse=True):
+            if sliding or plan is None:
+                start = time.perf_counter()
+                plan = structure.get(method).plan(model, [windows], target, **options)
+                seconds = time.perf_counter() - start
+            found = plan.to(target)
+            with edits.trial(model, found.edits):
+                after = perplexity(model, held_out, args.batch_size).perplexity
+            out.write(
+                bench="depth-quality", model=args.model, method=method, options=options, target=target, share=found.shares[-1],
+                perplexity=after, dense_perplexity=dense, search_seconds=seconds, removed=told(found.edits), metric=found.metric,
+                scores=[round(score, 4) for score in found.scores], text=Path(args.text).name, nsamples=nsamples, seqlen=seqlen,
+                text_tokens=data.fingerprint(windows), eval_text=Path(args.eval_text).name, eval_tokens=data.fingerprint(held_out),
+            )  # fmt: skip
+
+
+def search(args: argparse.Namespace, out: "Rows") -> None:
+    """BlockPruner to a third of the blocks three ways: the whole model per candidate, from the trunk, and lazily."""
+    device = default_device()
+    model, tokenizer = models.load_dense(args.model, args.dtype).to(device), models.load_tokenizer(args.model)
+    windows = data.calibration(tokenizer, args.text, args.nsamples, args.seqlen, args.seed)
+    count = 2 * model.config.num_hidden_layers // 3
+    sequences = {}
+    for how in args.how:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        if how == "naive":
+            chosen, evaluations = naive(model, windows, count, args.batch_size)
+            tera = None
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                journal = Journal(Path(folder) / "journal", {})
+                plan = structure.get("blockpruner").plan(model, [windows], count, lazy=how == "lazy", journal=journal)
+                asked = [journal.step(step) for step in range(count)]
+            chosen, evaluations, tera = plan.edits, plan.work.evaluations, plan.work.done * 2 / 1e12
+        seconds = time.perf_counter() - start
+        sequences[how] = told(chosen)
+        naive_tera = None if how == "naive" else plan.work.naive * 2 / 1e12
+        out.write(
+            bench="depth-search", model=args.model, how=how, blocks=count, seconds=seconds, evaluations=evaluations, tflop=tera,
+            naive_tflop=naive_tera, removed=sequences[how], nsamples=args.nsamples, seqlen=args.seqlen, text=Path(args.text).name,
+            losses=None if how == "naive" else asked,
+        )  # fmt: skip
+
+
+def naive(model, windows: torch.Tensor, count: int, batch_size: int) -> tuple[list[Drop], int]:
+    """Algorithm 1 of BlockPruner as it is written."""
+    chosen, evaluations = [], 0
+    candidates = [Drop(*half) for half in sorted(edits.present(model, archs.of(model)))]
+    budget = structure.Budget(model)
+    for _ in range(count):
+        losses = {}
+        for candidate in candidates:
+            if budget.fits([*chosen, candidate]):
+                with edits.trial(model, [*chosen, candidate]):
+                    losses[candidate] = perplexity(model, windows, batch_size).loss
+        evaluations += len(losses)
+        chosen.append(min(losses, key=losses.get))
+    return chosen, evaluations
+
+
+def shapes(args: argparse.Namespace, out: "Rows") -> None:
+    """Seconds per removed block on Llama-2-7B shapes, and tokens per second of Llama-3-8B shapes before and after; random weights."""
+    model = random_model(LLAMA_2_7B)
+    windows = torch.randint(0, 32000, (4, 2048), generator=torch.Generator().manual_seed(args.seed))
+    for lazy in (False, True):
+        times = []
+        start = time.perf_counter()
+        plan = structure.get("blockpruner").plan(
+            model, [windows], 2, lazy=lazy, progress=lambda *_, times=times: times.append(time.perf_counter())
+        )
+        each = [later - earlier for earlier, later in zip([start, *times], times, strict=False)]
+        out.write(
+            bench="depth-7b", shapes="llama-2-7b", lazy=lazy, nsamples=4, seqlen=2048, seconds_per_block=each,
+            evaluations=plan.work.evaluations, tflop=plan.work.done * 2 / 1e12, naive_tflop=plan.work.naive * 2 / 1e12,
+        )  # fmt: skip
+    del model
+    torch.cuda.empty_cache()
+    model = random_model(LLAMA_3_8B)
+    some = {
+        "dense": [], "25 % of layers": [Drop(layer, "layer") for layer in range(22, 30)],
+        "25 % of parameters, attention first": [Drop(i, "attn") for i in range(0, 32, 2)] + [Drop(i, "mlp") for i in range(1, 32, 3)],
+    }  # fmt: skip
+    budget, full = structure.Budget(model), cache_bytes(model)
+    for name, chosen in some.items():
+        with edits.trial(model, chosen):
+            seconds, how = decode(model)
+            out.write(
+                bench="depth-tokens", shapes="llama-3-8b", what=name, share=budget.share(chosen), tokens_per_second=NEW_TOKENS / seconds,
+                decoded=how, prompt=PROMPT, kv_bytes_per_token=cache_bytes(model), dense_kv_bytes_per_token=full,
+            )  # fmt: skip
+
+
+def random_model(config: dict):
+    """Random bfloat16 weights on the GPU."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config), dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def decode(model) -> tuple[float, str]:
+    """Median seconds of NEW_TOKENS tokens after the first call, which compiles and captures."""
+    decoder = Decoder(model, 1, PROMPT + NEW_TOKENS + 16, eos=[])
+    ids, took = torch.arange(PROMPT)[None], []
+    for _ in range(4):
+        stream = decoder.stream(ids, tokens=NEW_TOKENS + 1)
+        next(stream)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        list(stream)
+        took.append(time.perf_counter() - start)
+    return sorted(took[1:])[1], decoder.how
+
+
+def told(chosen: list) -> str:
+    """A5 M7 (halves), L21 (layers), 20-24 (merged)."""
+    letters = {"attn": "A", "mlp": "M", "layer": "L"}
+    return " ".join(
+        f"{letters[edit.part]}{edit.layer}" if isinstance(edit, Drop) else f"{edit.low}-{edit.high}" for edit in chosen
+    )
+
+
+class Rows:
+    def __init__(self, args: argparse.Namespace):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.about = args.out, environment(args.commit)
+
+    def write(self, **row) -> None:
+        with self.path.open("a") as out:
+            out.write(json.dumps(row | self.about) + "\n")
+        print({key: value for key, value in row.items() if key not in ("scores", "losses")}, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("quality", "search", "shapes"))
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("--text", help="calibration text")
+    parser.add_argument("--eval-text", help="text whose perplexity is measured")
+    parser.add_argument("--out", type=Path, required=True, help="jsonl file to append to")
+    parser.add_argument("--how", nargs="+", default=("trunk", "lazy", "naive"))
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--commit", help="what to record where there is no git checkout")
+    args = parser.parse_args()
+    {"quality": quality, "search": search, "shapes": shapes}[args.part](args, Rows(args))
+
+
+if __name__ == "__main__":
+    main()
