@@ -4,13 +4,14 @@
     python benchmarks/depth.py search smollm2-135m --text c4.jsonl --out rows.jsonl     # naive loop, trunk, lazy
     python benchmarks/depth.py shapes --out rows.jsonl                                   # random weights of Llama-2-7B and -3-8B
 
-Sliding merging reads ten windows of 128 tokens, as its paper does; all others --nsamples windows of --seqlen.
+Sliding merging reads its paper's ten windows of 128 tokens (--sliding), all others --nsamples windows of --seqlen.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,12 +25,11 @@ from dlpkit.generation import Decoder
 from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
 
-METHODS = (
-    ("blockpruner", {}), ("sleb", {}), ("shortgpt", {}),
-    ("shortened", {"order": "ppl"}), ("shortened", {"order": "taylor"}), *(("sliding_merge", {"rule": rule}) for rule in RULES),
-)  # fmt: skip
+METHODS = {
+    "blockpruner": {}, "sleb": {}, "shortgpt": {}, "shortened": {"order": "ppl"}, "shortened taylor": {"order": "taylor"},
+    **{f"sliding_merge {rule}": {"rule": rule} for rule in RULES},
+}  # fmt: skip
 TARGETS = (0.1, 0.2, 0.3)
-SLIDING_WINDOWS = (10, 128)  # arXiv:2502.19159
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip
 LLAMA_3_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -39,30 +39,48 @@ PROMPT, NEW_TOKENS = 128, 256
 
 
 def quality(args: argparse.Namespace, out: "Rows") -> None:
-    """Perplexity of every method at every target; searches that are nested go once, to the largest."""
+    """Perplexity of every method at every target. A nested search goes once, to the largest; --replay takes what other rows removed."""
     device = default_device()
     model, tokenizer = models.load_dense(args.model, args.dtype).to(device), models.load_tokenizer(args.model)
-    held_out = data.evaluation(tokenizer, args.eval_text, args.seqlen)
+    held_out = data.evaluation(tokenizer, args.eval_text, args.eval_seqlen, args.eval_windows)
     dense = perplexity(model, held_out, args.batch_size).perplexity
-    for method, options in METHODS:
+    about = {
+        "bench": "depth-quality", "model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "text": Path(args.text).name,
+        "dense_perplexity": dense, "eval_text": Path(args.eval_text).name, "eval_tokens": data.fingerprint(held_out),
+        "eval_windows": len(held_out), "eval_seqlen": args.eval_seqlen,
+    }  # fmt: skip
+    for row in plans(args, model, tokenizer):
+        with edits.trial(model, row.pop("edits")):
+            after = perplexity(model, held_out, args.batch_size).perplexity
+        out.write(**about, **row, perplexity=after)
+
+
+def plans(args: argparse.Namespace, model, tokenizer) -> Iterator[dict]:
+    """Method by method and target by target, the edits and how they were found."""
+    for line in args.replay.read_text().splitlines() if args.replay else []:
+        row = json.loads(line)
+        kept = ("method", "target", "share", "removed", "nsamples", "seqlen", "text_tokens")
+        yield {key: row[key] for key in kept} | {"edits": read(row["removed"])}
+    for name in [] if args.replay else args.methods:
+        method, plan = name.split()[0], None
         sliding = method == "sliding_merge"
-        nsamples, seqlen = SLIDING_WINDOWS if sliding else (args.nsamples, args.seqlen)
+        nsamples, seqlen = args.sliding if sliding else (args.nsamples, args.seqlen)
         windows = data.calibration(tokenizer, args.text, nsamples, seqlen, args.seed)
-        plan = None
-        for target in sorted(TARGETS, reverse=True):
-            if sliding or plan is None:
-                start = time.perf_counter()
-                plan = structure.get(method).plan(model, [windows], target, **options)
-                seconds = time.perf_counter() - start
-            found = plan.to(target)
-            with edits.trial(model, found.edits):
-                after = perplexity(model, held_out, args.batch_size).perplexity
-            out.write(
-                bench="depth-quality", model=args.model, method=method, options=options, target=target, share=found.shares[-1],
-                perplexity=after, dense_perplexity=dense, search_seconds=seconds, removed=told(found.edits), metric=found.metric,
-                scores=[round(score, 4) for score in found.scores], text=Path(args.text).name, nsamples=nsamples, seqlen=seqlen,
-                text_tokens=data.fingerprint(windows), eval_text=Path(args.eval_text).name, eval_tokens=data.fingerprint(held_out),
-            )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            asked = (
+                {"journal": Journal(Path(folder) / "journal", {})} if sliding else {}
+            )  # targets share what was measured
+            for target in sorted(TARGETS, reverse=True):
+                if sliding or plan is None:
+                    start = time.perf_counter()
+                    plan = structure.get(method).plan(model, [windows], target, **METHODS[name], **asked)
+                    seconds = time.perf_counter() - start
+                found = plan.to(target)
+                yield {
+                    "method": name, "target": target, "share": found.shares[-1], "removed": told(found.edits), "nsamples": nsamples,
+                    "seqlen": seqlen, "text_tokens": data.fingerprint(windows), "edits": found.edits, "search_seconds": seconds,
+                    "metric": found.metric, "scores": [round(score, 4) for score in found.scores],
+                }  # fmt: skip
 
 
 def search(args: argparse.Namespace, out: "Rows") -> None:
@@ -73,7 +91,6 @@ def search(args: argparse.Namespace, out: "Rows") -> None:
     count = 2 * model.config.num_hidden_layers // 3
     sequences = {}
     for how in args.how:
-        torch.cuda.synchronize()
         start = time.perf_counter()
         if how == "naive":
             chosen, evaluations = naive(model, windows, count, args.batch_size)
@@ -172,6 +189,12 @@ def told(chosen: list) -> str:
     )
 
 
+def read(removed: str) -> list[Drop]:
+    """The inverse of `told` for what is not merged."""
+    parts = {"A": "attn", "M": "mlp", "L": "layer"}
+    return [Drop(int(name[1:]), parts[name[0]]) for name in removed.split()]
+
+
 class Rows:
     def __init__(self, args: argparse.Namespace):
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +213,13 @@ def main() -> None:
     parser.add_argument("--text", help="calibration text")
     parser.add_argument("--eval-text", help="text whose perplexity is measured")
     parser.add_argument("--out", type=Path, required=True, help="jsonl file to append to")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--replay", type=Path, help="rows of an earlier run whose edits are measured again")
+    parser.add_argument(
+        "--sliding", nargs=2, type=int, default=(10, 128), help="windows and tokens in them, for sliding merging"
+    )
+    parser.add_argument("--eval-windows", type=int, help="at most so many")
+    parser.add_argument("--eval-seqlen", type=int, default=2048)
     parser.add_argument("--how", nargs="+", default=("trunk", "lazy", "naive"))
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=2048)

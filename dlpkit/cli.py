@@ -21,6 +21,21 @@ Runtime = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that is not empty.")]
 
 
+Structure = Annotated[
+    str | None,
+    typer.Option(
+        help="What removes layers, halves of layers or units: blockpruner, sleb, shortgpt, shortened, sliding_merge, saap, llm_pruner, ...; or a plan.json."
+    ),
+]
+Remove = Annotated[
+    str | None, typer.Option(help="How much of it: a share of all parameters (0.2) or a number of things (12).")
+]
+StructureOption = Annotated[
+    list[str] | None,
+    typer.Option("--structure-option", help="The structure's own, as name=value: mode=attn, lazy=true, rule=sum."),
+]
+
+
 @app.command()
 def prune(
     model: Annotated[str | None, typer.Argument(help="The dense model: a folder, a hub id, or smollm2-135m.")] = None,
@@ -29,6 +44,9 @@ def prune(
     criterion: Annotated[str | None, typer.Option("--criterion", "--prune_method", help="magnitude, wanda, sparsegpt, ria; wanda_dlp sets both halves.")] = None,
     allocation: Annotated[str | None, typer.Option(help="uniform, dlp, owl, alphapruning: how much each block loses.")] = None,
     sparsity: Annotated[str | None, typer.Option("--sparsity", "--sparsity_ratio", help="Fraction removed: 0.6, 0.6@256 (equal counts per 256 columns) or 2:4.")] = None,
+    structure: Structure = None,
+    remove: Remove = None,
+    structure_option: StructureOption = None,
     option: Annotated[list[str] | None, typer.Option(help="The allocation's own, as name=value: alpha=0.1, strategy=mean.")] = None,
     granularity: Annotated[str | None, typer.Option(help="One sparsity per block or per linear.")] = None,
     text: Annotated[str | None, typer.Option(help="Calibration text: builtin, wikitext2, c4, ptb, slimpajama, alpaca, or a .txt, .raw, .jsonl, .jsonl.gz file.")] = None,
@@ -60,9 +78,10 @@ def prune(
     flags = {
         "model": model, "criterion": criterion, "allocation": allocation, "sparsity": sparsity, "granularity": granularity,
         "text": text, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "batch_size": batch_size, "dtype": dtype,
-        "eval_text": eval_text, "eval_windows": eval_windows,
+        "eval_text": eval_text, "eval_windows": eval_windows, "structure": structure,
     }  # fmt: skip
     values |= recipe.split_method({key: value for key, value in flags.items() if value is not None})
+    values |= recipe.removal(remove, structure_option)
     if option:
         values["options"] = recipe.options(option)
     try:
@@ -74,9 +93,40 @@ def prune(
     except KeyboardInterrupt:
         print("Stopped. Finished blocks are kept: the same command goes on after them.", file=sys.stderr)
         raise typer.Exit(130) from None
+    if not result:
+        return  # one of several processes, whose part is done
     print(
         f"\n{report.summary_table(result)}\n\n{report.stage_table(result)}\n\nsample: {result['sample']!r}\n\nwritten to {out}, with report.json and README.md"
     )
+
+
+@app.command()
+def plan(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The PLAN.json to write.")],
+    structure: Structure = None, remove: Remove = None, structure_option: StructureOption = None,
+    text: Annotated[str, typer.Option(help="Calibration text, as for prune.")] = "builtin",
+    nsamples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the calibration windows.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows per forward pass.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Also draw what was measured, to this .svg or .png.")] = None,
+    device: Device = None, overwrite: Overwrite = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted search instead of going on with it.")] = False,
+):  # fmt: skip
+    """Search for what MODEL can do without, and write the plan: `prune --structure PLAN.json --remove LESS` follows it. Runs under torchrun."""
+    from dlpkit import console, pipeline, recipe, report
+
+    asked = recipe.make(
+        model=model, structure=structure, text=text, nsamples=nsamples, seqlen=seqlen, seed=seed, batch_size=batch_size, dtype=dtype,
+        **recipe.removal(remove, structure_option),
+    )  # fmt: skip
+    with console.progress() as progress:
+        found = pipeline.plan(asked, out, device, overwrite, restart, progress)
+    if plot:
+        report.plot(found, plot)
+    print(f"{report.step_table(found)}\n\nwritten to {out}")
 
 
 @app.command()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TextStreamer
 
-from dlpkit import archs, checkpoint, data, evaluate, generation, models, recovery, report
+from dlpkit import archs, checkpoint, cutting, data, evaluate, generation, models, parallel, recovery, report
+from dlpkit import structure as structures
 from dlpkit.folders import check_free, new_folder
 from dlpkit.generation import GREEDY, Sampling
 from dlpkit.journal import Journal
@@ -38,8 +39,17 @@ def run(
     dense: a second folder for the same model with its zeros written out. runtime: format in which the saved model is loaded back and
     measured. overwrite: replace `out` and `dense`. restart: forget an interrupted run; without it, finished blocks wait beside `out`
     and a run with the same recipe goes on after them, to the identical result. Raises ValueError for what cannot be done, before any work.
+
+    Under torchrun all processes search for structure; the first goes on alone, and the others return {}.
     """
-    out, device = Path(out), default_device(device)
+    with parallel.processes(default_device(device)) as device:
+        return _run(recipe, Path(out), dense, device, runtime, overwrite, restart, progress)
+
+
+def _run(
+    recipe: Recipe, out: Path, dense: str | Path | None, device: torch.device, runtime: str,
+    overwrite: bool, restart: bool, progress: Progress,
+) -> dict:  # fmt: skip
     _check_targets(recipe.model, [out, *([Path(dense)] if dense else [])], overwrite)
     models.check_length(recipe.model, recipe.seqlen)
     meter = _Meter()
@@ -47,30 +57,50 @@ def run(
         model, tokenizer = models.load_dense(recipe.model, recipe.dtype), models.load_tokenizer(recipe.model)
         check(model, recipe.sparsity, recipe.allocation, recipe.options, recipe.granularity)
         windows, held_out = _texts(recipe, tokenizer)
+    batches, full = list(windows.split(recipe.batch_size)), sum(parameter.nbytes for parameter in model.parameters())
+    if not parallel.first():
+        if recipe.structure:
+            cutting.find(model, recipe.structure, recipe.remove, recipe.structure_options, batches, device)
+        return {}
     journal = Journal(out.with_name(f"{out.name}.partial"), _journal_key(recipe, windows, model), restart)
     with meter.stage("evaluate dense"):
         before = _measure(model, recipe, held_out, device, progress)
-    with meter.stage("prune"):
-        pruned = prune(
-            model, list(windows.split(recipe.batch_size)), recipe.criterion, recipe.sparsity, recipe.allocation,
-            recipe.options, recipe.granularity, device, journal, progress,
-        )  # fmt: skip
+    structure = None
+    if recipe.structure:
+        with meter.stage("search"):
+            structure = {"before": cutting.facts(model.to(device))}
+            model.to("cpu")
+            plan = cutting.find(
+                model, recipe.structure, recipe.remove, recipe.structure_options, batches, device, journal, progress
+            )
+            cutting.cut(model, plan)
+            structure |= plan.to_dict()
+    pruned = PruneReport(recipe.criterion, recipe.allocation, recipe.sparsity, recipe.granularity)
+    if recipe.prunes_weights:
+        with meter.stage("prune"):
+            pruned = prune(
+                model, batches, recipe.criterion, recipe.sparsity, recipe.allocation,
+                recipe.options, recipe.granularity, device, journal, progress,
+            )  # fmt: skip
     with ExitStack() as folders:
         new = folders.enter_context(new_folder(out, overwrite))
         with meter.stage("save"):
             if dense:
                 checkpoint.write(model, folders.enter_context(new_folder(dense, overwrite)), tokenizer)
-            sizes = _write_packed(model, new, tokenizer)
+            sizes = _write_packed(model, new, tokenizer, recipe.prunes_weights) | {"before": full}
         with meter.stage("load back"):
-            again = checkpoint.load(new, runtime, device)
+            again = checkpoint.load(new, runtime if recipe.prunes_weights else "auto", device)
             checkpoint.compare(model.to(device), again)
             del model
+            if structure:
+                structure["after"] = cutting.facts(again)
         with meter.stage("evaluate pruned"):
             after = _measure(again, recipe, held_out, device, progress)
         with meter.stage("generate"):
             [sample] = generation.generate_text(again, tokenizer, [SAMPLE_PROMPT], SAMPLE_TOKENS, compile=False)
         result = {
             "recipe": recipe.model_dump(),
+            "structure": structure,
             "sparsity": pruned.sparsity,
             "perplexity": {"before": before, "after": after},
             "bytes": sizes | {"in_memory": again.get_memory_footprint()},
@@ -86,6 +116,41 @@ def run(
         (new / "report.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         (new / "README.md").write_text(report.model_card(result, out.name), encoding="utf-8")
     journal.remove()
+    return result
+
+
+def plan(
+    recipe: Recipe, out: str | Path, device: str | None = None, overwrite: bool = False, restart: bool = False,
+    progress: Progress = silent,
+) -> dict:  # fmt: skip
+    """Search for a recipe's structure and write the plan alone, as JSON that a recipe can name in place of a structure -> the plan.
+
+    Interrupted, and under torchrun, as `run`.
+    """
+    out = Path(out)
+    if recipe.structure is None or recipe.structure.endswith(structures.PLAN) or out.suffix != structures.PLAN:
+        raise ValueError(
+            f"a plan is searched by a structure, as in --structure blockpruner, and written to a file PLAN{structures.PLAN}"
+        )
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: choose another file, or overwrite it with --overwrite")
+    models.check_length(recipe.model, recipe.seqlen)
+    with parallel.processes(default_device(device)) as device:
+        model, tokenizer = models.load_dense(recipe.model, recipe.dtype), models.load_tokenizer(recipe.model)
+        windows = data.calibration(tokenizer, recipe.text, recipe.nsamples, recipe.seqlen, recipe.seed)
+        journal = None
+        if parallel.first():
+            journal = Journal(out.with_name(f"{out.name}.partial"), _journal_key(recipe, windows, model), restart)
+        batches = list(windows.split(recipe.batch_size))
+        found = cutting.find(
+            model, recipe.structure, recipe.remove, recipe.structure_options, batches, device, journal, progress
+        )
+        result = found.to_dict() | {"recipe": recipe.model_dump(), "text": _describe(recipe.text, windows)}
+        if journal:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.with_name(f"{out.name}.new").write_text(json.dumps(result, indent=1), encoding="utf-8")
+            out.with_name(f"{out.name}.new").replace(out)
+            journal.remove()
     return result
 
 
@@ -197,6 +262,8 @@ def _texts(recipe: Recipe, tokenizer) -> tuple[torch.Tensor, torch.Tensor | None
 def _journal_key(recipe: Recipe, windows: torch.Tensor, model: PreTrainedModel) -> dict:
     """What the pruned weights depend on: where and how perplexity is measured is not among it."""
     key = recipe.model_dump(exclude={"eval_text", "eval_windows"})
+    if recipe.structure and recipe.structure.endswith(structures.PLAN):
+        key["structure"] = structures.read(recipe.structure).to_dict()
     return {**key, "calibration tokens": data.fingerprint(windows), "first weight": _first_weight(model)}
 
 
@@ -234,15 +301,15 @@ def _describe(source: str, windows: torch.Tensor | None) -> dict | None:
     }
 
 
-def _write_packed(model: PreTrainedModel, folder: Path, tokenizer) -> dict[str, int]:
-    """Pack the model, to run as it did, and write it -> bytes of its weights, and of the pruned Linears among them, before and after."""
-    before = sum(parameter.nbytes for parameter in model.parameters())
+def _write_packed(model: PreTrainedModel, folder: Path, tokenizer, packs: bool) -> dict[str, int]:
+    """Pack the model, to run as it did, if it has zeros, and write it -> bytes of the file, and of the pruned Linears before and after."""
     linears = sum(linear.weight.nbytes for _, linear in archs.model_linears(model, archs.of(model)))
-    checkpoint.pack(model, "dense")
+    if packs:
+        checkpoint.pack(model, "dense")
     checkpoint.write(model, folder, tokenizer)
-    kept = model.config.quantization_config.modules.values()
-    packed = sum(stored_bytes((N, K), nnz, model.dtype.itemsize) for N, K, nnz in kept)
-    return {"before": before, "after": _file_bytes(folder), "linears_before": linears, "linears_after": packed}
+    kept = [(linear.shape, linear.nnz()) for linear in sparse_linears(model).values()]
+    packed = sum(stored_bytes(shape, nnz, model.dtype.itemsize) for shape, nnz in kept)
+    return {"after": _file_bytes(folder), "linears_before": linears, "linears_after": packed if packs else linears}
 
 
 def _by_block(pruned: PruneReport) -> list[dict]:

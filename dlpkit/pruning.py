@@ -49,7 +49,8 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        return sum(linear.zeros for linear in self.linears) / sum(linear.weights for linear in self.linears)
+        weights = sum(linear.weights for linear in self.linears)
+        return sum(linear.zeros for linear in self.linears) / weights if weights else 0.0
 
 
 def prune(

@@ -1,23 +1,32 @@
 """Everything a pruning run depends on, as one checked value that round-trips through recipe.yaml and the command line."""
 
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dlpkit import allocation as allocations
 from dlpkit import criteria, data
+from dlpkit import structure as structures
 from dlpkit.models import DTYPES
 from dlpkit.patterns import Pattern
 from dlpkit.pruning import GRANULARITIES
 
 
 class Recipe(BaseModel):
-    """Unknown keys are errors. `sparsity` takes a pattern too: 0.6, "0.6@256" (equal counts per 256 columns) or "2:4"."""
+    """Unknown keys are errors. `sparsity` takes a pattern too: 0.6, "0.6@256" (equal counts per 256 columns) or "2:4".
+
+    structure: a method of dlpkit.structure, or a plan.json, that first removes `remove`: a share of all parameters or a number of things.
+    Weights are then pruned only if `sparsity` is given.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
+    structure: str | None = None
+    remove: Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)] | None = None
+    structure_options: dict[str, bool | int | float | str] = {}  # of the structure: mode, rule, ...
     criterion: str = "wanda"
     sparsity: str = "0.5"
     allocation: str = "dlp"
@@ -49,6 +58,35 @@ class Recipe(BaseModel):
         if value not in known[info.field_name]:
             raise ValueError(f"unknown name {value!r}: choose one of {', '.join(known[info.field_name])}")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_stay(cls, values: dict) -> dict:
+        return {"sparsity": "0", **values} if values.get("structure") else values
+
+    @model_validator(mode="after")
+    def _structure_fits(self) -> "Recipe":
+        if self.structure is None:
+            if self.remove is not None or self.structure_options:
+                raise ValueError("what to remove needs a structure that says how, as in structure: blockpruner")
+            return self
+        if self.remove is not None:
+            structures.check_target(self.remove)
+        if self.structure.endswith(structures.PLAN):
+            if self.structure_options:
+                raise ValueError("a plan has been searched for already and takes no options")
+            structures.read(self.structure)
+        else:
+            structures.check_options(self.structure, self.structure_options)
+            if self.remove is None and "threshold" not in self.structure_options:
+                raise ValueError(
+                    "how much is to be removed? Give a share of all parameters such as 0.2, or a number such as 12"
+                )
+        return self
+
+    @property
+    def prunes_weights(self) -> bool:
+        return Pattern.parse(self.sparsity).sparsity > 0
 
     @model_validator(mode="after")
     def _options_fit(self) -> "Recipe":
@@ -90,6 +128,12 @@ def split_method(values: dict) -> dict:
     if allocation and "allocation" not in values:
         return {**values, "criterion": criterion, "allocation": allocation}
     return values
+
+
+def removal(remove: str | None, pairs: list[str] | None) -> dict:
+    """What the flags of a structure say: ("0.2", ["mode=attn"]) -> {"remove": 0.2, "structure_options": {"mode": "attn"}}."""
+    found = {} if remove is None else {"remove": yaml.safe_load(remove)}
+    return found | ({"structure_options": options(pairs)} if pairs else {})
 
 
 def options(pairs: list[str]) -> dict[str, float | str]:

@@ -2,8 +2,11 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+
+from dlpkit.patterns import Pattern
 
 PACKAGES = ("dlpkit", "torch", "triton", "transformers", "safetensors", "tokenizers")
 
@@ -32,19 +35,71 @@ def table(rows: list[tuple], header: tuple[str, ...]) -> str:
 def summary_table(report: dict) -> str:
     """The few numbers a user asks for first."""
     before, after = report["perplexity"]["before"], report["perplexity"]["after"]
-    rows = [
-        ("weights on disk", megabytes(report["bytes"]["before"]), megabytes(report["bytes"]["after"])),
-        (
-            "of these, pruned Linears",
-            megabytes(report["bytes"]["linears_before"]),
-            megabytes(report["bytes"]["linears_after"]),
-        ),
-        ("zeros in them", "", f"{report['sparsity']:.2%}"),
-    ]
+    rows = [("weights on disk", megabytes(report["bytes"]["before"]), megabytes(report["bytes"]["after"]))]
+    if structure := report["structure"]:
+        rows.append(("parameters", *(f"{structure[when]['parameters']:,}" for when in ("before", "after"))))
+    if report["linears"]:
+        sizes = (megabytes(report["bytes"][f"linears_{when}"]) for when in ("before", "after"))
+        rows += [("of these, pruned Linears", *sizes), ("zeros in them", "", f"{report['sparsity']:.2%}")]
     if before:
         where = f"perplexity on {before['text']} ({before['tokens']:,} tokens, windows of {before['seqlen']})"
         rows.append((where, f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"))
     return table(rows, ("", "dense", "pruned"))
+
+
+def structure_table(structure: dict) -> str:
+    """What a structure changed, before and after."""
+    before, after = structure["before"], structure["after"]
+    rows = [
+        ("parameters", f"{before['parameters']:,}", f"{after['parameters']:,}"),
+        *((what, before[what], after[what]) for what in ("layers", "attentions", "mlps")),
+        ("cache per token", f"{before['cache_bytes_per_token']:,} B", f"{after['cache_bytes_per_token']:,} B"),
+        ("tokens per second, one at a time", f"{before['tokens_per_second']:.1f}", f"{after['tokens_per_second']:.1f}"),
+    ]
+    return table(rows, ("", "dense", "pruned"))
+
+
+def step_table(structure: dict) -> str:
+    """What went, in its order, with the share of all parameters that is gone by then."""
+    rows = [
+        (number, step_name(step), f"{step['score']:.4f}", f"{step['share']:.1%}")
+        for number, step in enumerate(structure["steps"], 1)
+    ]
+    return table(rows, ("", "removed", structure["metric"], "parameters gone"))
+
+
+def step_name(step: dict) -> str:
+    """An edit of a plan in words."""
+    if step["kind"] == "merge":
+        return f"layers {step['low']} to {step['high']} merged ({step['rule']})"
+    if step["kind"] == "slice":
+        kept = step["keep"] if isinstance(step["keep"], int) else len(step["keep"])
+        return f"{step['part']} of layer {step['layer']}, all but {kept} units"
+    return f"layer {step['layer']}" if step["part"] == "layer" else f"{step['part']} of layer {step['layer']}"
+
+
+def plot(structure: dict, path: str | Path) -> None:
+    """Draw what a search measured over the share of parameters that is gone. Raises ValueError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a plot wants matplotlib: pip install 'dlpkit[bench]'") from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [100 * step["share"] for step in structure["steps"]], [step["score"] for step in structure["steps"]], "o-"
+    )
+    for step in structure["steps"]:
+        axes.annotate(
+            step_name(step),
+            (100 * step["share"], step["score"]),
+            rotation=60,
+            fontsize=6,
+            xytext=(2, 4),
+            textcoords="offset points",
+        )
+    axes.set(xlabel="% of all parameters removed", ylabel=structure["metric"])
+    figure.savefig(path)
 
 
 def block_table(report: dict) -> str:
@@ -85,8 +140,7 @@ tags: [dlpkit, sparse, pruned]
 ---
 # {folder}
 
-`{recipe["model"]}` pruned by dlpkit: {recipe["criterion"]} scores, {recipe["allocation"]} allocation,
-pattern {recipe["sparsity"]}, calibrated on {text["windows"]} windows of {text["seqlen"]} tokens of {text["source"]} (fingerprint {text["fingerprint"]}, seed {recipe["seed"]}).
+`{recipe["model"]}` pruned by dlpkit: {_how(recipe)}; calibrated on {text["windows"]} windows of {text["seqlen"]} tokens of {text["source"]} (fingerprint {text["fingerprint"]}, seed {recipe["seed"]}).
 
 {summary_table(report)}
 
@@ -100,10 +154,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 `recipe.yaml` repeats the run: `dlpkit prune --config recipe.yaml OUT`.
 
-## Sparsity by block
-
-{block_table(report)}
-
+{_parts(report)}
 ## Cost
 
 {stage_table(report)}
@@ -158,3 +209,25 @@ tags: [dlpkit, sparse, pruned]
 
 {table(list(report["versions"].items()), ("what", "version"))}
 """
+
+
+def _how(recipe: dict) -> str:
+    """What a recipe did, in words."""
+    told = []
+    if recipe["structure"]:
+        told.append(
+            f"{recipe['structure']} removing {'what it plans' if recipe['remove'] is None else recipe['remove']}"
+        )
+    if Pattern.parse(recipe["sparsity"]).sparsity:
+        told.append(f"{recipe['criterion']} scores, {recipe['allocation']} allocation, pattern {recipe['sparsity']}")
+    return "; then ".join(told)
+
+
+def _parts(report: dict) -> str:
+    """The sections of a card that tell what was removed."""
+    found = ""
+    if report["structure"]:
+        found += f"## Structure\n\n{structure_table(report['structure'])}\n\n{step_table(report['structure'])}\n\n"
+    if report["blocks"]:
+        found += f"## Sparsity by block\n\n{block_table(report)}\n\n"
+    return found

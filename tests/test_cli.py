@@ -108,6 +108,20 @@ def test_pack_eval_generate_inspect(run, packed, tmp_path):
     assert "not packed" in run("inspect", tmp_path / "dense").out
 
 
+def test_plan_and_follow_it(run, model_folder, tmp_path):
+    small = ["--nsamples", 2, "--seqlen", 32]
+    found = run(
+        "plan", model_folder, tmp_path / "plan.json", "--structure", "blockpruner", "--remove", 2,
+        "--structure-option", "mode=mlp", "--plot", tmp_path / "plan.svg", *small,
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    assert "| 1 | mlp of layer" in found.out
+    assert (tmp_path / "plan.svg").read_text().startswith("<?xml")
+    found = run("prune", model_folder, tmp_path / "out", "--structure", tmp_path / "plan.json", "--remove", 1, *SMALL)
+    assert found.code == 0, found.err
+    assert "has no mlp" in run("inspect", tmp_path / "out").out
+
+
 def test_doctor_says_what_will_run(run):
     found = run("doctor")
     assert found.code == 0

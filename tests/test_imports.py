@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "progress", "parallel", "folders", "journal", "patterns", "archs", "units", "absent", "edits", "models", "data", "calibration",
     "gradients", "trunk", "structure", "evaluate", "criteria", "allocation", "pruning", "recipe", "sparse", "packing", "static_cache", "generation", "checkpoint", "adapters", "recovery",
-    "report", "pipeline", "inspection", "bench", "console",
+    "report", "cutting", "pipeline", "inspection", "bench", "console",
     "cli", "__main__", "__init__",
 ]  # fmt: skip
 

@@ -161,6 +161,93 @@ def test_generate_continues_the_prompts(small, tmp_path):
         pipeline.generate_text(tmp_path / "out", [""])
 
 
+def depth(model_folder, **values):
+    return recipe.make(model=str(model_folder), batch_size=2, **SMALL, **values)
+
+
+def test_depth_alone_writes_an_ordinary_model(model_folder, tmp_path):
+    result = pipeline.run(depth(model_folder, structure="sleb", remove=1), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["num_hidden_layers"] == 2
+    structure = result["structure"]
+    assert [step["kind"] for step in structure["steps"]] == ["drop"]
+    before, after = structure["before"], structure["after"]
+    assert (before["layers"], after["layers"]) == (3, 2)
+    assert after["cache_bytes_per_token"] * 3 == before["cache_bytes_per_token"] * 2
+    assert 1 - after["parameters"] / before["parameters"] == pytest.approx(structure["steps"][0]["share"])
+    assert after["tokens_per_second"] > 0
+    assert result["linears"] == []
+    assert "search" in [stage["stage"] for stage in result["stages"]]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "sleb removing 1" in card
+    assert "| 1 | layer 1 |" in card
+    assert recipe.make(**recipe.read(tmp_path / "out" / "recipe.yaml")).remove == 1
+
+
+def test_depth_then_weights_in_one_recipe(model_folder, tmp_path):
+    wanted = depth(model_folder, structure="blockpruner", remove=0.15, sparsity="0.5")
+    result = pipeline.run(wanted, tmp_path / "out", dense=tmp_path / "dense")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["edits"]
+    assert config["modules"]
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert result["bytes"]["after"] < 0.7 * result["bytes"]["before"]
+    packed, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "dense"))
+    assert torch.equal(packed(torch.arange(9)[None]).logits, dense(torch.arange(9)[None]).logits)
+
+
+def test_a_plan_serves_smaller_targets(model_folder, tmp_path):
+    found = pipeline.plan(depth(model_folder, structure="blockpruner", remove=3), tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(found))
+    followed = depth(model_folder, structure=str(tmp_path / "plan.json"), remove=2)
+    result = pipeline.run(followed, tmp_path / "followed")
+    searched = pipeline.run(depth(model_folder, structure="blockpruner", remove=2), tmp_path / "searched")
+    assert result["structure"]["steps"] == searched["structure"]["steps"] == found["steps"][:2]
+    with pytest.raises(ValueError, match="exists: choose another file"):
+        pipeline.plan(depth(model_folder, structure="sleb", remove=1), tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="a plan is searched by a structure"):
+        pipeline.plan(followed, tmp_path / "other.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["followed", "plan.json", "searched"]
+
+
+def test_a_killed_search_goes_on_in_the_pipeline(model_folder, tmp_path):
+    def killed(stage, done, of):
+        if (stage, done) == ("search", 2):
+            raise KeyboardInterrupt
+
+    wanted = depth(model_folder, structure="blockpruner", remove=3)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(wanted, tmp_path / "out", progress=killed)
+    assert len(list((tmp_path / "out.partial").glob("step-*"))) == 2
+    resumed, whole = pipeline.run(wanted, tmp_path / "out"), pipeline.run(wanted, tmp_path / "whole")
+    assert resumed["structure"]["steps"] == whole["structure"]["steps"]
+    assert resumed["structure"]["work"]["evaluations"] < whole["structure"]["work"]["evaluations"]
+    names = ("model.safetensors", "config.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+
+
+def test_torchrun_writes_once(model_folder, tmp_path):
+    arguments = [
+        "--structure",
+        "blockpruner",
+        "--remove",
+        "2",
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "32",
+        "--eval-windows",
+        "2",
+    ]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dlpkit"]
+    for launch, name in [(two, "two"), ([sys.executable, "-m", "dlpkit"], "one")]:
+        subprocess.run([*launch, "prune", model_folder, tmp_path / name, *arguments], check=True, capture_output=True)
+    names = ("model.safetensors", "config.json")
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
 def test_stages_report_time_and_memory(small, tmp_path):
     stages = pipeline.run(small, tmp_path / "out")["stages"]
     assert [s["stage"] for s in stages] == [

@@ -35,11 +35,34 @@ def test_wrong_values_are_named(values, message):
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"structure": "magic", "remove": 1}, "choose one of blockpruner"),
+        ({"structure": "sleb"}, "how much is to be removed"),
+        ({"structure": "sleb", "remove": 1.5}, "a share of all parameters such as 0.2"),
+        ({"structure": "sleb", "remove": True}, "remove"),
+        ({"structure": "sleb", "remove": 2, "structure_options": {"mode": "attn"}}, "sleb does not take mode"),
+        ({"remove": 0.2}, "needs a structure"),
+        ({"structure": "nowhere.json"}, "is not a plan"),
+    ],
+)
+def test_wrong_structures_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.make(**{"model": "m", **values})
+
+
+def test_a_structure_leaves_weights_alone_unless_asked():
+    assert not recipe.make(model="m", structure="sleb", remove=2).prunes_weights
+    assert recipe.make(model="m", structure="sleb", remove=0.2, sparsity="2:4").prunes_weights
+    assert recipe.make(model="m").sparsity == "0.5"
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("criterion: [", "cannot read"),
         ("- a\n- b", "should be a YAML mapping"),
-        ("sparsty: 0.5", "unknown keys sparsty: a recipe has model, criterion"),
+        ("sparsty: 0.5", "unknown keys sparsty: a recipe has model, structure"),
     ],
 )
 def test_wrong_files(text, message, tmp_path):

@@ -6,10 +6,11 @@ but for `journal` (what a killed search has found) and `progress`. The model is 
 """
 
 import inspect
-import math
+import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,6 +23,7 @@ from dlpkit.trunk import Work
 
 Target = int | float
 NOT_OPTIONS = ("journal", "progress")
+PLAN = ".json"  # how the name of a plan that waits in a file ends
 
 
 @dataclass
@@ -34,6 +36,17 @@ class Plan:
     shares: list[float]  # of all parameters, gone after each edit
     work: Work = field(default_factory=Work)
 
+    def to_dict(self) -> dict:
+        """As JSON."""
+        return {
+            "metric": self.metric,
+            "steps": [
+                {**edits.to_dict(edit), "score": score, "share": share}
+                for edit, score, share in zip(self.edits, self.scores, self.shares, strict=True)
+            ],
+            "work": asdict(self.work),
+        }
+
     def to(self, target: Target) -> "Plan":
         """The beginning that reaches a smaller target. Raises ValueError for one that this plan does not reach."""
         shares = [0.0, *self.shares]
@@ -43,6 +56,17 @@ class Plan:
                 f"target {target} is out of reach: {len(self.edits)} removals take {shares[-1]:.1%} of the parameters"
             )
         return Plan(self.edits[:size], self.scores[:size], self.metric, self.shares[:size], self.work)
+
+
+def read(path: str | Path) -> Plan:
+    """A plan that was written as JSON. Raises ValueError when it is none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        steps = [(step.pop("score"), step.pop("share"), edits.from_dict(step)) for step in found["steps"]]
+        scores, shares, chosen = map(list, zip(*steps, strict=True))
+        return Plan(chosen, scores, found["metric"], shares, Work(**found["work"]))
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a plan that `dlpkit plan` wrote: {error}") from error
 
 
 def names() -> list[str]:
@@ -121,7 +145,3 @@ def cheapest(model: nn.Module, target: Target, scores: dict[Drop, float], metric
         if budget.fits([*chosen, edit]):
             chosen.append(edit)
     return budget.plan(chosen, [scores[edit] for edit in chosen], metric).to(target)
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
