@@ -13,7 +13,7 @@ from dlpkit.kernels.score import Scores
 from dlpkit.kernels.terms import arguments, score_bits
 
 BLOCK, NUM_WARPS = 2048, 4
-COPIES = 4
+COPIES = 64
 RESIDENT = 8  # programs of a multiprocessor
 
 

@@ -18,16 +18,25 @@ import triton
 import triton.language as tl
 
 from dlpkit.kernels import census
+from dlpkit.kernels.ranks import ranks
 from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.score import Scores
 from dlpkit.kernels.statistics import locate
 from dlpkit.kernels.terms import INFINITE, arguments, score_bits
 
-RANKED = (2, 4, 8)  # group sizes that are ranked
-TILE = 1024  # scores of a warp
-WARPS = 16  # of a program at most
-REGISTERS = 64  # of a thread: with those, RESIDENT warps fit a multiprocessor
-RESIDENT = 32
+RANKED = (2, 4, 8, 16, 32)  # group sizes that are ranked
+RANK_TILE = 1024  # scores of a program of 4 warps
+SMALL_TILE, SMALL_REGISTERS = (
+    512,
+    80,
+)  # scores of a program of 1 warp that searches several groups, registers of a thread
+TILE, WARPS, REGISTERS = (
+    2048,
+    8,
+    128,
+)  # scores of a warp of a program that searches one group, and how many warps at most
+WARP_REGISTERS = 2048  # of a multiprocessor: it holds as many warps as that many registers of a thread each
+LARGEST = tl.constexpr(0x7F7FFFFF)  # the bits of the largest finite number: padding, never before a score
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0, the first pivot of a program
 SLOPE, MARGIN = tl.constexpr(4.0), tl.constexpr(0.02)
 OCTAVE = tl.constexpr(1 << 23)
@@ -35,22 +44,27 @@ OCTAVE = tl.constexpr(1 << 23)
 
 @triton.jit
 def _search(x, go, size, hint):
-    """Bits x [R, B], padded with the largest int; how many go [R] of how many [R] -> T and how many of those equal to it go, both [R]."""
+    """Bits x [R, B], padded with LARGEST; how many go [R] of how many [R] -> T and how many of those equal to it go, both [R]."""
     low, high = tl.where(go < size, 0, INFINITE + 1), tl.zeros_like(go) + INFINITE + 1
     below_low, below_high = tl.where(go < size, 0, size), size  # how many scores are below
     pivot = tl.minimum(tl.maximum(hint, 1), INFINITE)
+    slope = SLOPE * OCTAVE / size.to(tl.float32)  # of the count, in bits
     step, turn = tl.zeros_like(go), 0
     searching = (below_low < go) & (low + 1 < high)
     while tl.max(searching.to(tl.int32), 0) > 0:
-        below = tl.sum((x < pivot[:, None]).to(tl.int32), 1)
+        below = tl.sum(
+            ((x - pivot[:, None]).to(tl.uint32, bitcast=True) >> 31).to(tl.int32), 1
+        )  # signs: cheaper than comparisons
         up = below <= go
         low, below_low = tl.where(searching & up, pivot, low), tl.where(searching & up, below, below_low)
         high, below_high = tl.where(searching & ~up, pivot, high), tl.where(searching & ~up, below, below_high)
-        off = tl.abs(go - below).to(tl.float32) / size.to(tl.float32)
-        step = tl.maximum(((off * SLOPE + MARGIN) * OCTAVE).to(tl.int32), tl.minimum(2 * step, 1 << 28))
+        off = tl.abs(go - below).to(tl.float32) * slope + MARGIN * OCTAVE
+        step = tl.maximum(off.to(tl.int32), tl.minimum(2 * step, 1 << 28))
         leave = tl.where(up, pivot + tl.minimum(step, high - pivot), pivot - tl.minimum(step, pivot - low))
-        part = (go - below_low).to(tl.float32) / tl.maximum(below_high - below_low, 1).to(tl.float32)
-        part = tl.where(turn % 4 == 3, 0.5, part)
+        inverse = tl.rsqrt(
+            tl.maximum(below_high - below_low, 1).to(tl.float32)
+        )  # cheaper than a division, and as good here
+        part = tl.where(turn % 4 == 3, 0.5, (go - below_low).to(tl.float32) * inverse * inverse)
         enclosed = (low > 0) & (high <= INFINITE)
         pivot = tl.where(enclosed, low + ((high - low).to(tl.float32) * part).to(tl.int32), leave)
         pivot = tl.maximum(low + 1, tl.minimum(pivot, high - 1))
@@ -60,14 +74,16 @@ def _search(x, go, size, hint):
 
 
 @triton.jit
-def _stays(x, member, threshold, equal, BLOCK: tl.constexpr):
-    """Bits x [R, B], their numbers in the group [1, B], T [R] and how many of those equal to it go [R] -> bool [R, B]."""
-    first, end = tl.zeros_like(equal), tl.where(equal > 0, BLOCK, 0)  # where those that stay begin: a search again
-    while tl.max(end - first, 0) > 0:
-        middle = (first + end) // 2
-        enough = tl.sum(((x == threshold[:, None]) & (member < middle[:, None])).to(tl.int32), 1) >= equal
-        first, end = tl.where(enough, first, middle + 1), tl.where(enough, middle, end)
-    return x >= tl.where(member < first[:, None], threshold[:, None] + 1, threshold[:, None])
+def _settle(x, member, threshold, equal, BLOCK: tl.constexpr):
+    """Bits x [R, B], their numbers in the group [1, B], T [R], how many of those equal to it go [R] -> x with these below T."""
+    if tl.max(equal, 0) > 0:
+        first, end = tl.zeros_like(equal), tl.where(equal > 0, BLOCK, 0)  # where those that stay begin: a search again
+        while tl.max(end - first, 0) > 0:
+            middle = (first + end) // 2
+            enough = tl.sum(((x == threshold[:, None]) & (member < middle[:, None])).to(tl.int32), 1) >= equal
+            first, end = tl.where(enough, first, middle + 1), tl.where(enough, middle, end)
+        x = tl.where((x == threshold[:, None]) & (member < first[:, None]), x - 1, x)
+    return x
 
 
 @triton.jit
@@ -78,9 +94,8 @@ def _put(out_ptr, w, stays, there, MASK: tl.constexpr):
 
 
 @triton.jit
-def _check(x, size, bad_ptr):
-    """Note scores that are not finite, by bits that are not below those of infinity."""
-    if tl.sum((x.to(tl.uint32, bitcast=True) < INFINITE).to(tl.int32)) < size:
+def _check(x, bad_ptr):
+    if tl.max(tl.ravel(x.to(tl.uint32, bitcast=True)), 0) >= INFINITE:
         tl.store(bad_ptr, 1)
 
 
@@ -88,7 +103,7 @@ def _check(x, size, bad_ptr):
 def _search_kernel(
     w_ptr, out_ptr, bad_ptr, scale_ptr, row_ptr, column_ptr,  # [N, K], [N, K], [1] int32, [K], [N], [K]
     groups, K, stride_w, stride_out, go, last,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, FULL: tl.constexpr,
     MASK: tl.constexpr, SCALE: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     count = (K + SIZE - 1) // SIZE  # groups of a row
@@ -99,19 +114,20 @@ def _search_kernel(
         row = (group // count)[:, None].to(tl.int64)
         start = group % count * SIZE  # its first column
         col = start[:, None] + member
-        there = (member < SIZE) & (col < K) & (group < groups)[:, None]
+        inside = (member < SIZE) & (col < K) & (group < groups)[:, None]
+        there = tl.full([R, BLOCK], True, tl.int1) if FULL else inside
         w = tl.load(w_ptr + row * stride_w + col, mask=there, other=0.0)
         x = score_bits(w, row, col, there, scale_ptr, row_ptr, column_ptr, SCALE, SHARES)
-        x = tl.where(there, x, 0x7FFFFFFF)
+        x = tl.where(there, x, LARGEST)
+        _check(x, bad_ptr)
         size = tl.minimum(K - start, SIZE)
-        _check(x, tl.sum(tl.where(group < groups, size, 0), 0), bad_ptr)
         goes = tl.where(group < groups, tl.where(size == SIZE, go, last), 0)
         hint, equal = _search(x, goes, size, hint)
-        stays = _stays(x, member, hint, equal, BLOCK)
+        x = _settle(x, member, hint, equal, BLOCK)
         w = tl.load(
             w_ptr + row * stride_w + col, mask=there, other=0.0, eviction_policy="evict_first"
         )  # kept, it takes registers
-        _put(out_ptr + row * stride_out + col, w, stays, there, MASK)
+        _put(out_ptr + row * stride_out + col, w, x >= hint[:, None], there, MASK)
 
 
 @triton.jit
@@ -124,14 +140,8 @@ def _rank_kernel(
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + row * stride_w + col, mask=col < K, other=0.0)
     x = score_bits(w, row, col, col < K, scale_ptr, row_ptr, column_ptr, SCALE, SHARES)
-    _check(x, BLOCK, bad_ptr)
-    x = tl.reshape(x, (BLOCK // SIZE, SIZE))
-    member = tl.arange(0, SIZE)[None, :]
-    before = tl.zeros_like(x)
-    for i in tl.static_range(SIZE):
-        other = tl.sum(tl.where(member == i, x, 0), 1)[:, None]
-        before += (other < x + (i < member).to(tl.int32)).to(tl.int32)
-    stays = tl.reshape(before, (BLOCK,)) >= go
+    _check(x, bad_ptr)
+    stays = tl.reshape(ranks(tl.reshape(x, (BLOCK // SIZE, SIZE)), SIZE), (BLOCK,)) >= go
     _put(out_ptr + row * stride_out + col, w, stays, col < K, MASK)
 
 
@@ -148,10 +158,11 @@ def _threshold_kernel(
         col = start + tl.arange(0, BLOCK)[None, :]
         w = tl.load(w_ptr + row * stride_w + col, mask=col < K, other=0.0)
         x = score_bits(w, row, col, col < K, scale_ptr, row_ptr, column_ptr, SCALE, SHARES)
-        x = tl.where(col < K, x, 0x7FFFFFFF)
-        stays = _stays(x, col - start, threshold, equal, BLOCK)
-        _put(out_ptr + row * stride_out + col, w, stays, col < K, MASK)
-        equal = tl.maximum(equal - tl.sum((x == threshold[:, None]).to(tl.int32), 1), 0)
+        x = tl.where(col < K, x, LARGEST)
+        count = tl.sum((x == threshold[:, None]).to(tl.int32), 1)
+        x = _settle(x, col - start, threshold, tl.minimum(equal, count), BLOCK)
+        _put(out_ptr + row * stride_out + col, w, x >= threshold[:, None], col < K, MASK)
+        equal = tl.maximum(equal - count, 0)
 
 
 def groups(scores: Scores, out: torch.Tensor, size: int, go: int, last: int) -> torch.Tensor:
@@ -163,18 +174,19 @@ def groups(scores: Scores, out: torch.Tensor, size: int, go: int, last: int) -> 
     strides = weight.stride(0), out.stride(0)
     with torch.cuda.device_of(weight):
         if size in RANKED:
-            block = min(TILE, triton.next_power_of_2(K))
+            block = min(RANK_TILE, triton.next_power_of_2(K))
             _rank_kernel[N, triton.cdiv(K, block)](
                 weight, out, bad, *pointers, K, *strides, go, SIZE=size, BLOCK=block, **flags, num_warps=block // 256 or 1
             )  # fmt: skip
         else:
-            block = triton.next_power_of_2(size)
-            warps, R = min(WARPS, max(1, block // TILE)), max(1, TILE // block)
-            count = N * -(-K // size)
-            programs = min(triton.cdiv(count, R), multiprocessors(weight.device) * max(1, RESIDENT // warps))
-            _search_kernel[(programs,)](
+            block, count = triton.next_power_of_2(size), N * -(-K // size)
+            warps, R = min(WARPS, max(1, block // TILE)), max(1, SMALL_TILE // block)
+            registers = REGISTERS if block >= TILE else SMALL_REGISTERS
+            resident = multiprocessors(weight.device) * max(1, WARP_REGISTERS // registers // warps)
+            _search_kernel[(min(triton.cdiv(count, R), resident),)](
                 weight, out, bad, *pointers, count, K, *strides, go, last,
-                SIZE=size, BLOCK=block, R=R, **flags, num_warps=warps, maxnreg=REGISTERS,
+                SIZE=size, BLOCK=block, R=R, FULL=block == size and K % size == 0 and count % R == 0, **flags,
+                num_warps=warps, maxnreg=registers,
             )  # fmt: skip
     return bad
 
@@ -195,6 +207,6 @@ def matrix(scores: Scores, out: torch.Tensor, go: int) -> torch.Tensor:
     with torch.cuda.device_of(weight):
         _threshold_kernel[(N,)](
             weight, out, threshold, goes, *pointers, K, weight.stride(0), out.stride(0),
-            BLOCK=min(TILE, triton.next_power_of_2(K)), MASK=out.dtype == torch.bool, **flags, num_warps=4,
+            BLOCK=min(RANK_TILE, triton.next_power_of_2(K)), MASK=out.dtype == torch.bool, **flags, num_warps=4,
         )  # fmt: skip
     return bad

@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlpkit.kernels import arrange, census, compact, cull, expand, group, lanes, pick, runtime, slots, walk
+from dlpkit.kernels import arrange, census, columns, compact, cull, expand, group, lanes, pick, runtime, slots, walk
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has no compiler")
 
@@ -119,17 +119,21 @@ def test_packing_kernels(kernel, constants, capability):
 TERMS = {"SCALE": True, "SHARES": True}
 SEARCH = TERMS | {"MASK": False}
 SCORED = dict.fromkeys(("bad_ptr", "threshold_ptr", "equal_ptr", "counts_ptr"), "*i32") | {"top_ptr": "*i64"}
+SWEPT = dict.fromkeys(("w_ptr", "errors_ptr", "factor_ptr"), "*fp32") | {"kept_ptr": "*i1"}
 SCORED |= dict.fromkeys(("scale_ptr", "row_ptr", "column_ptr"), "*fp32")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("kernel", "constants", "warps", "more"), [
-    (cull._search_kernel, SEARCH | {"SIZE": 4096, "BLOCK": 4096, "R": 1}, 4, {}),
-    (cull._search_kernel, SEARCH | {"SIZE": 14336, "BLOCK": 16384, "R": 1}, 16, {}),
-    (cull._search_kernel, SEARCH | {"SIZE": 256, "BLOCK": 256, "R": 4}, 1, {}),
-    (cull._search_kernel, SEARCH | {"SIZE": 16, "BLOCK": 16, "R": 64, "MASK": True}, 1, {"out_ptr": "*i1"}),
+    (cull._search_kernel, SEARCH | {"SIZE": 4096, "BLOCK": 4096, "R": 1, "FULL": True}, 4, {}),
+    (cull._search_kernel, SEARCH | {"SIZE": 14336, "BLOCK": 16384, "R": 1, "FULL": False}, 16, {}),
+    (cull._search_kernel, SEARCH | {"SIZE": 256, "BLOCK": 256, "R": 4, "FULL": True}, 1, {}),
+    (cull._search_kernel, SEARCH | {"SIZE": 48, "BLOCK": 64, "R": 16, "FULL": False, "MASK": True}, 1, {"out_ptr": "*i1"}),
     (cull._rank_kernel, SEARCH | {"SIZE": 4, "BLOCK": 1024}, 4, {}),
     (cull._rank_kernel, SEARCH | {"SIZE": 8, "BLOCK": 1024, "MASK": True}, 4, {"out_ptr": "*i1"}),
+    (cull._rank_kernel, SEARCH | {"SIZE": 32, "BLOCK": 1024}, 4, {}),
+    (columns._sweep_kernel, {"R": 16, "BLOCK": 128, "M": 0}, 4, SWEPT),
+    (columns._sweep_kernel, {"R": 16, "BLOCK": 128, "M": 16}, 4, SWEPT),
     (cull._threshold_kernel, SEARCH | {"BLOCK": 1024}, 4, {}),
     (census._histogram_kernel, TERMS | {"BLOCK": 2048, "BINS": 1 << 15, "COPIES": 4, "LOWER": False}, 4, {}),
     (census._histogram_kernel, TERMS | {"BLOCK": 2048, "BINS": 1 << 16, "COPIES": 4, "LOWER": True}, 4, {}),

@@ -99,7 +99,7 @@ def test_columns_of_a_wider_matrix():
 def test_one_program_after_another(monkeypatch):
     """Every row starts its search from the last one's threshold, whatever that was."""
     monkeypatch.setattr(cull, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(cull, "RESIDENT", 1)
+    monkeypatch.setattr(cull, "WARP_REGISTERS", 1)
     sizes = torch.tensor([1.0, 1e-30, 1e30, 0.0, 1e-42, 5.0])[:, None]
     check(scored(torch.randn(6, 300) * sizes), share((6, 300), 0.5))
     check(scored(torch.randn(6, 300) * sizes), share((6, 300), 0.7, block=48))
