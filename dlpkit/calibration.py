@@ -3,31 +3,38 @@ touches a transformers block's signature.
 
 A block's arguments (masks, rotary tables, positions) differ between versions, models and even layers. So the body of the model is
 run once with every block replaced by a stub that records what it is given and passes the hidden states on; the recorded arguments
-are replayed as they came. One block at a time is on the device. Hidden states wait there too while they fit, else on the host.
+are replayed as they came. One block at a time is on the device.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from dlpkit import archs
 from dlpkit.archs import Arch
+from dlpkit.offload import Hidden, Resident
 
-RESIDENT_SHARE = 0.25  # hidden states stay on the GPU up to this share of its free memory
 KEPT_PER_SHAPE = 8  # distinct block arguments of one shape that are looked for among those already kept
 
 
 @dataclass
 class Stats:
-    """What the input of one Linear looked like over all calibration tokens."""
+    """What the input of one Linear, or of several that read the same, looked like over all calibration tokens."""
 
     tokens: int
     sq: torch.Tensor  # [K] float32, sum of squares per input feature
     hessian: torch.Tensor | None = None  # [K, K] float32, sum of x x^T
     sum: torch.Tensor | None = None  # [K] float32, sum per input feature
+    made: dict = field(default_factory=dict, repr=False)
+
+    def once(self, make: Callable) -> object:
+        """make(self), the first time; what it gave, for the other Linears that read the same input."""
+        if make not in self.made:
+            self.made[make] = make(self)
+        return self.made[make]
 
 
 class Stream:
@@ -38,44 +45,29 @@ class Stream:
         self.model, self.blocks, self.arch = model, archs.blocks(model, arch), arch
         self.device = torch.device(device)
         self.as_tuple = _returns_tuple(model, self.blocks, batches[0][:1, :8])
-        self.hidden, self.calls = _record(model, self.blocks, batches, self.device, self.as_tuple)
-        self.store = store(self.hidden, self.device)
-        self.hidden = [h.to(self.store) for h in self.hidden]
+        hidden, self.calls = _record(model, self.blocks, batches, self.device, self.as_tuple)
+        self.hidden, self.resident = Hidden(hidden, self.device), Resident(self.blocks, self.device)
 
-    def stats(self, index: int, needs: set[str]) -> dict[str, Stats]:
+    def stats(self, index: int, needs: set[str], advance: bool = False) -> dict[str, Stats]:
         """Run every batch through block `index` -> Stats by Linear; Linears that read the same input share one.
 
+        advance: replace the hidden states by those behind the block on the way.
         Raises ValueError, naming the Linear, when an input holds NaN or Inf.
         """
         block, collected = self.blocks[index], {}
-        with self.on_device(index), _watching(block, self.arch, needs, collected):
-            for batch in range(len(self.hidden)):
-                self._run(index, batch)
+        with _watching(block, self.arch, needs, collected):
+            self._run(index, advance)
         for name, stats in collected.items():
             if not torch.isfinite(stats.sq).all():
                 raise ValueError(
                     f"the inputs of {self.arch.blocks}.{index}.{name} hold NaN or Inf: the model is damaged, "
-                    f"or overflows in {self.hidden[0].dtype}; try another dtype"
+                    "or overflows in its dtype; try another dtype"
                 )
         return _share(collected, block, self.arch)
 
     def advance(self, index: int) -> None:
         """Replace the hidden states in front of block `index` by those behind it."""
-        with self.on_device(index):
-            for batch in range(len(self.hidden)):
-                self.hidden[batch] = self._run(index, batch).to(self.store)
-
-    @contextmanager
-    def on_device(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` on the compute device, and back home after."""
-        block = self.blocks[index]
-        home = next(block.parameters()).device
-        block.to(self.device)
-        try:
-            with torch.no_grad():
-                yield block
-        finally:
-            block.to(home)
+        self._run(index, True)
 
     def through(self, index: int, hidden: torch.Tensor, batch: int = 0) -> torch.Tensor:
         """Any [B, T, hidden] on the device through block `index` as it stands now, with the arguments that it had for `batch`.
@@ -105,8 +97,13 @@ class Stream:
 
         return forward
 
-    def _run(self, index: int, batch: int) -> torch.Tensor:
-        return self.through(index, self.hidden[batch].to(self.device), batch)
+    @torch.no_grad()
+    def _run(self, index: int, advance: bool) -> None:
+        with self.resident.at(index):
+            for batch, hidden in enumerate(self.hidden):
+                out = self.through(index, hidden, batch)
+                if advance:
+                    self.hidden[batch] = out
 
 
 @contextmanager
@@ -115,7 +112,7 @@ def _watching(block: nn.Module, arch: Arch, needs: set[str], collected: dict[str
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach().flatten(0, -2).float()  # [tokens, K]
+            x = args[0].detach().flatten(0, -2)  # [tokens, K]
             K = x.shape[1]
             if name not in collected:
                 hessian = torch.zeros(K, K, device=x.device) if "hessian" in needs else None
@@ -123,11 +120,12 @@ def _watching(block: nn.Module, arch: Arch, needs: set[str], collected: dict[str
                 collected[name] = Stats(0, torch.zeros(K, device=x.device), hessian, total)
             stats = collected[name]
             stats.tokens += x.shape[0]
-            stats.sq += x.square().sum(0)
+            norm = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32)  # one read of x, no float32 copy of it
+            stats.sq += norm.square()
             if stats.sum is not None:
-                stats.sum += x.sum(0)
+                stats.sum += x.sum(0, dtype=torch.float32)
             if stats.hessian is not None:
-                stats.hessian.addmm_(x.T, x)
+                _add_products(stats.hessian, x)
 
         return hook
 
@@ -138,6 +136,17 @@ def _watching(block: nn.Module, arch: Arch, needs: set[str], collected: dict[str
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add_products(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    """hessian [K, K] += x^T x for x [tokens, K]. 16-bit x is exact in TensorFloat-32, so its products are; sums are float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if x.dtype == torch.float32 else "high")
+    try:
+        x = x.float()
+        hessian.addmm_(x.T, x)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _share(collected: dict[str, Stats], block: nn.Module, arch: Arch) -> dict[str, Stats]:
@@ -156,18 +165,20 @@ def _record(
     hidden: list[torch.Tensor] = []
     calls: list[list[tuple]] = [[] for _ in blocks]
     kept: dict[tuple, list[torch.Tensor]] = {}
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of one batch: blocks are given the same tensors
 
     def stub(index: int) -> Callable:
         def forward(hidden_states: torch.Tensor, *args, **kwargs):
             if index == 0:
                 hidden.append(hidden_states)
-            calls[index].append(_keep((args, kwargs), kept, device))
+            calls[index].append(_keep((args, kwargs), kept, seen, device))
             return (hidden_states,) if as_tuple else hidden_states
 
         return forward
 
     with _stubbed(blocks, [stub(index) for index in range(len(blocks))]):
         for batch in batches:
+            seen.clear()
             _run_body(model, batch)
     return hidden, calls
 
@@ -203,26 +214,22 @@ def _run_body(model: nn.Module, batch: torch.Tensor) -> None:
         model.base_model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
 
 
-def _keep(value: object, kept: dict[tuple, list[torch.Tensor]], device: torch.device) -> object:
+def _keep(value: object, kept: dict, seen: dict, device: torch.device) -> object:
     """`value` with its tensors on `device`, equal tensors kept once: windows of one shape have the same masks and tables."""
     if isinstance(value, torch.Tensor):
-        same = kept.setdefault((value.shape, value.dtype), [])
-        value = value.to(device)
-        for other in same[:KEPT_PER_SHAPE]:
-            if other is value or torch.equal(other, value):
-                return other
-        same.append(value)
-        return value
+        if id(value) not in seen:
+            seen[id(value)] = value, _kept_once(value.to(device), kept.setdefault((value.shape, value.dtype), []))
+        return seen[id(value)][1]
     if isinstance(value, (tuple, list)):
-        return type(value)(_keep(item, kept, device) for item in value)
+        return type(value)(_keep(item, kept, seen, device) for item in value)
     if isinstance(value, dict):
-        return {key: _keep(item, kept, device) for key, item in value.items()}
+        return {key: _keep(item, kept, seen, device) for key, item in value.items()}
     return value
 
 
-def store(hidden: list[torch.Tensor], device: torch.device) -> torch.device:
-    """Where such hidden states wait: on the device while they fit beside what runs there, else on the host."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if sum(h.nbytes for h in hidden) <= RESIDENT_SHARE * free else torch.device("cpu")
+def _kept_once(value: torch.Tensor, same: list[torch.Tensor]) -> torch.Tensor:
+    for other in same[:KEPT_PER_SHAPE]:
+        if other is value or torch.equal(other, value):
+            return other
+    same.append(value)
+    return value

@@ -22,6 +22,7 @@ from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
 from dlpkit.kernels.score import Scores
 from dlpkit.kernels.select import zero_
+from dlpkit.offload import Resident
 from dlpkit.patterns import Pattern
 from dlpkit.progress import Progress, silent
 
@@ -108,15 +109,17 @@ def summarise(
     if all(found):
         return found
     stream = Stream(model, arch, batches, device) if allocator.NEEDS == "scores" else None
+    resident = stream.resident if stream else Resident(blocks, torch.device(device))
     for index, block in enumerate(blocks):
-        if not found[index]:
-            stats = stream.stats(index, {"sq"}) if stream else {}
-            parts = [_Parts(linears, stats, device) for linears in _units(block, arch, granularity)]
-            found[index] = [allocator.summarise(part, **how) for part in parts]
-            if journal:
-                journal.keep_summary(index, found[index])
-        if stream and index + 1 < len(blocks):
-            stream.advance(index)
+        with resident.at(index):
+            if not found[index]:
+                stats = stream.stats(index, {"sq"}, advance=True) if stream else {}
+                units = _units(block, arch, granularity)
+                found[index] = [allocator.summarise(_scores(linears, stats), **how) for linears in units]
+                if journal:
+                    journal.keep_summary(index, found[index])
+            elif stream:
+                stream.advance(index)
         progress("measure", index + 1, len(blocks))
     return found
 
@@ -160,29 +163,25 @@ def apply(
     """Prune every block by its patterns, each from the already pruned ones before it."""
     blocks, done = archs.blocks(model, arch), []
     stream = Stream(model, arch, batches, device) if method.NEEDS else None
+    resident = stream.resident if stream else Resident(blocks, torch.device(device))
     for index, block in enumerate(blocks):
         linears = archs.linears(block, arch)
         kept = journal.block(index) if journal else None
-        if kept is None:
-            stats = stream.stats(index, method.NEEDS) if stream else {}
+        with resident.at(index):
+            stats = stream.stats(index, method.NEEDS) if stream and kept is None else {}
             for name, linear in linears.items():
-                weight = linear.weight.detach().to(device)
-                prune_(weight, stats.get(name), method, patterns[index][name], f"{arch.blocks}.{index}.{name}")
-                linear.weight.data.copy_(weight)
-            if journal:
-                journal.keep_block(index, {name: linear.weight for name, linear in linears.items()})
-        else:
-            for name, linear in linears.items():
-                linear.weight.data.copy_(kept[name])
-        for name, linear in linears.items():
-            zeros = int((linear.weight == 0).sum())
-            done.append(
-                PrunedLinear(
-                    index, f"{arch.blocks}.{index}.{name}", str(patterns[index][name]), linear.weight.numel(), zeros
-                )
-            )
-        if stream and index + 1 < len(blocks):
-            stream.advance(index)
+                weight, full_name = linear.weight.data, f"{arch.blocks}.{index}.{name}"
+                if kept is None:
+                    prune_(weight, stats.get(name), method, patterns[index][name], full_name)
+                else:
+                    weight.copy_(kept[name])
+                zeros = int((weight == 0).sum())
+                done.append(PrunedLinear(index, full_name, str(patterns[index][name]), weight.numel(), zeros))
+            resident.changed(linear.weight for linear in linears.values())
+            if stream and index + 1 < len(blocks):
+                stream.advance(index)
+        if journal and kept is None:
+            journal.keep_block(index, {name: linear.weight for name, linear in linears.items()})
         progress("prune", index + 1, len(blocks))
     return done
 
@@ -201,16 +200,9 @@ def prune_(weight: torch.Tensor, stats: Stats | None, method: ModuleType, patter
         raise ValueError(f"{name}: {error}") from error
 
 
-class _Parts:
-    """Wanda's scores of some Linears, or magnitudes if there are no statistics: one weight at a time on the device."""
-
-    def __init__(self, linears: dict[str, nn.Linear], stats: dict[str, Stats], device: torch.device | str):
-        self.linears, self.stats, self.device = linears, stats, device
-
-    def __iter__(self) -> Iterator[Scores]:
-        for name, linear in self.linears.items():
-            scale = self.stats[name].sq.sqrt() if self.stats else None
-            yield Scores(linear.weight.detach().to(self.device), scale)
+def _scores(linears: dict[str, nn.Linear], stats: dict[str, Stats]) -> list[Scores]:
+    """Wanda's scores of some Linears, or magnitudes if there are no statistics."""
+    return [Scores(linear.weight.data, stats[name].sq.sqrt() if stats else None) for name, linear in linears.items()]
 
 
 def _units(block: nn.Module, arch: Arch, granularity: str) -> list[dict[str, nn.Linear]]:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from dlpkit import archs, edits, parallel
-from dlpkit.calibration import Stream, store
+from dlpkit.calibration import Stream
 from dlpkit.edits import Edit, Half
+from dlpkit.offload import store
 
 ROW_TOKENS = 32768  # tokens that pass a layer at once
 Candidate = tuple[Edit, ...]
@@ -45,7 +46,7 @@ class Trunk:
         self.made, self.there, self.work = ExitStack(), edits.present(model, self.arch), Work()
         self.sizes = edits.parameters(model, self.arch)
         self.head = model.get_output_embeddings().weight.numel()
-        first = torch.cat(self.stream.hidden)  # [W, T, hidden]
+        first = torch.cat(self.stream.hidden.held())  # [W, T, hidden]
         self.stream.hidden = []
         keep = store([first] * (self.layers + 1), self.device)
         self.front = [first.to(keep)] + [torch.empty_like(first, device=keep) for _ in range(self.layers)]

@@ -30,12 +30,15 @@ def test_stream_sees_what_the_whole_model_sees(kind, tokens):
     expected = inputs_by_hook(model, arch, batches)
     stream = Stream(model, arch, batches, "cpu")
     for index in range(len(archs.blocks(model, arch))):
-        for name, stats in stream.stats(index, {"sq", "hessian"}).items():
+        with stream.resident.at(index):
+            found = stream.stats(index, {"sq", "hessian"}, advance=index == 1)
+            if index != 1:
+                stream.advance(index)
+        for name, stats in found.items():
             x = expected[f"{arch.blocks}.{index}.{name}"].double()
             assert stats.tokens == tokens.numel()
             torch.testing.assert_close(stats.sq.double(), x.square().sum(0), rtol=1e-4, atol=1e-5)  # float32 sums
             torch.testing.assert_close(stats.hessian.double(), x.T @ x, rtol=1e-4, atol=1e-3)
-        stream.advance(index)
 
 
 def test_the_model_is_as_before(tokens):
@@ -60,8 +63,7 @@ def test_bad_activations_name_the_linear(bad, tokens):
     model = tiny_model()
     model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = bad
     stream = Stream(model, archs.of(model), [tokens], "cpu")
-    stream.stats(0, {"sq"})
-    stream.advance(0)
+    stream.stats(0, {"sq"}, advance=True)
     with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.self_attn\.o_proj hold NaN or Inf"):
         stream.stats(1, {"sq"})
 

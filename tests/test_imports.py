@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "progress", "parallel", "folders", "journal", "patterns", "archs", "units", "absent", "edits", "models", "data", "calibration",
+    "progress", "parallel", "folders", "journal", "patterns", "archs", "units", "absent", "edits", "models", "data", "offload", "calibration",
     "gradients", "trunk", "structure", "evaluate", "criteria", "allocation", "pruning", "recipe", "sparse", "packing", "static_cache", "generation", "checkpoint", "adapters", "recovery",
     "report", "cutting", "pipeline", "inspection", "bench", "console",
     "cli", "__main__", "__init__",

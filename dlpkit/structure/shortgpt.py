@@ -22,10 +22,11 @@ def plan(
     stream = Stream(model, archs.of(model), list(windows(batches).split(1)), device)
     influence = {}
     for layer in range(len(stream.blocks)):
-        before = list(stream.hidden)
+        before = [hidden.clone() for hidden in stream.hidden.held()]
         stream.advance(layer)
         cosines = [
-            cosine_similarity(a.float(), b.float(), dim=-1).mean() for a, b in zip(before, stream.hidden, strict=True)
+            cosine_similarity(a.to(b).float(), b.float(), dim=-1).mean()
+            for a, b in zip(before, stream.hidden, strict=True)
         ]
         influence[Drop(layer, "layer")] = 1 - torch.stack(cosines).mean().item()
         progress("measure", layer + 1, len(stream.blocks))
