@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlpkit.kernels import arrange, census, columns, compact, cull, expand, group, lanes, pick, runtime, slots, walk
+from dlpkit.kernels import arrange, attend, census, columns, compact, cull, expand, group, lanes, pick, runtime, slots, walk
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has no compiler")
 
@@ -147,3 +147,17 @@ def test_score_kernels(kernel, constants, warps, more, capability):
     kinds |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, kinds, constexprs=constants)
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}).asm
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_kernel(D, capability):
+    constants = {"BLOCK_G": 16, "BLOCK_L": attend.BLOCK_L, "BLOCK_D": D, "DTYPE": tl.bfloat16}
+    names = attend._attend_kernel.arg_names
+    kinds = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in names} | dict.fromkeys(
+        constants, "constexpr"
+    )
+    kinds |= {"out_ptr": "*fp32", "lse_ptr": "*fp32", "scale": "fp32", "lowest": "fp32"}
+    source = ASTSource(attend._attend_kernel, kinds, constexprs=constants)
+    options = {"num_warps": attend.NUM_WARPS}
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm

@@ -10,7 +10,7 @@ import torch
 
 from dlpkit.kernels import runtime
 
-FILES = ["test_matmul.py", "test_pack_kernels.py", "test_cull.py", "test_sweep.py"]
+FILES = ["test_matmul.py", "test_pack_kernels.py", "test_cull.py", "test_sweep.py", "test_attend.py"]
 
 
 @pytest.mark.parametrize("file", FILES)
