@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import plot
+import plot_tokens
 
 from dlpkit.report import table
 
@@ -154,6 +155,39 @@ def width() -> str:
     )
 
 
+def tokens() -> str:
+    """Tokens per second of every model, prompt and batch, beside the dense model in the same loop."""
+    found = plot_tokens.token_rows(RESULTS / "tokens-h100.jsonl")
+    patterns = list(dict.fromkeys(key[3] for key in found if key[3] != "dense"))
+    lines = []
+    for model, prompt, batch in dict.fromkeys(key[:3] for key in found):
+        dense = found[model, prompt, batch, "dense"]
+        cells = [found.get((model, prompt, batch, pattern)) for pattern in patterns]
+        packed = [f"{r['tokens_per_s']:.0f} **{r['speedup']:.2f}**" if r else "" for r in cells]
+        lines.append((model, prompt, batch, f"{dense['tokens_per_s']:.0f}, {dense['roof_pct']:.0f} %", *packed))
+    return f"{table(lines, ('shapes', 'prompt', 'batch', 'dense', *patterns))}\n\n{_measured_on(found)}"
+
+
+def first_token() -> str:
+    """Time to the first token and memory, beside the dense model."""
+    found = plot_tokens.token_rows(RESULTS / "tokens-h100.jsonl")
+    lines = [
+        (
+            model, prompt, pattern, f"{r['ttft_ms']:.1f} ms", f"{r['ttft_of_dense']:.2f}", f"{r['model_bytes'] / 1e9:.2f} GB",
+            f"{r['model_bytes'] / found[model, prompt, batch, 'dense']['model_bytes']:.1%}", f"{r['peak_bytes'] / 1e9:.1f} GB",
+        )
+        for (model, prompt, batch, pattern), r in found.items() if batch == 1
+    ]  # fmt: skip
+    header = ("shapes", "prompt", "pattern", "first token", "of dense", "model", "of dense", "peak")
+    return table(lines, header)
+
+
+def _measured_on(found: dict) -> str:
+    first = next(iter(found.values()))
+    commits = ", ".join(sorted({row["commit"] for row in found.values()}))
+    return f"{first['gpu']}, {first['dtype']}, torch {first['torch']}, Triton {first['triton']}, transformers {first['transformers']}, commit {commits}."
+
+
 def share(size: int | None, dense: int) -> str:
     return "" if size is None else f"{size / 1e6:.1f} MB, {size / dense:.1%}"
 
@@ -165,6 +199,8 @@ TABLES = {
     "sizes": sizes,
     "kernels": kernels,
     "packing": packing,
+    "tokens": tokens,
+    "first token": first_token,
 }
 
 

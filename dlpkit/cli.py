@@ -211,7 +211,7 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest that have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    compile: Annotated[bool, typer.Option(help="On a GPU, compile the blocks first.")] = True,
+    compile: Annotated[bool | None, typer.Option(help="Compile the blocks first, on a GPU; by default for many tokens.")] = None,
     device: Device = None, runtime: Runtime = "auto",
 ):  # fmt: skip
     """Go on from a prompt, printed as it comes, or from several at once."""
@@ -270,18 +270,17 @@ def doctor():
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def bench(
-    what: Annotated[str, typer.Argument(help="kernels: sparse matmul and packing, beside cuBLAS.")],
-    more: Annotated[
-        list[str] | None, typer.Argument(help="Further arguments for pytest, such as -k 4096x4096.")
-    ] = None,
+    what: Annotated[str, typer.Argument(help="kernels: sparse matmul and packing, beside cuBLAS. tokens: tokens per second, beside the dense model.")],
+    more: Annotated[list[str] | None, typer.Argument(help="kernels: for pytest, such as -k 4096x4096. tokens: the model, such as llama-3-8b, --batches 1 8.")] = None,
     rows: Annotated[Path, typer.Option(help="JSON-lines file that rows are appended to.")] = Path("rows.jsonl"),
-):
-    """Run a benchmark of this checkout on the GPU and print its table."""
+):  # fmt: skip
+    """Run a benchmark of this checkout on the GPU."""
     from dlpkit import bench as benchmarks
 
-    if what != "kernels":
-        raise ValueError(f"there is one benchmark to run here, kernels, got {what!r}")
-    benchmarks.kernels(rows, more or [])
+    known = {"kernels": benchmarks.kernels, "tokens": benchmarks.tokens}
+    if what not in known:
+        raise ValueError(f"the benchmarks to run here are {' and '.join(known)}, got {what!r}")
+    known[what](rows, more or [])
 
 
 @app.callback()

@@ -21,12 +21,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from dlpkit import archs
 from dlpkit.static_cache import Slots, compiled
 
 ALIGN = 16  # slots of a cache are a multiple, so that rows of the attention mask are aligned
+PIECES = 128  # of a row of logits
+COMPILE_FROM = 1024  # tokens of one call from which compiling, some seconds, pays
 WARM = 2  # steps before capture: Triton compiles, cuBLAS allocates
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Decoder:
     """A model with room to go on from `batch` prompts at a time, for prompt and new tokens of at most `length`; used as often as wanted.
 
     graph: capture the step in a CUDA graph. compile: with the blocks compiled inside it. Where either fails, the next simpler way
-    runs; `how` says which does once a token was made, and `reason` why it is not the fastest.
+    runs; `how` says which does once a token was made, and `reason` why it is not the fastest. A graph reads the weights where they were:
+    a model that is packed or moved afterwards wants a new Decoder.
     """
 
     def __init__(
@@ -75,7 +81,6 @@ class Decoder:
         if length > longest:
             raise ValueError(f"this model reads and writes at most {longest} tokens, prompt included, not {length}")
         self.model, self.device = model, model.get_input_embeddings().weight.device
-        self.blocks = archs.blocks(model, archs.of(model))
         self.sampling, self.warpers = sampling, sampling.warpers()
         ends = model.generation_config.eos_token_id if eos is None else list(eos)
         ends = [ends] if isinstance(ends, int) else ends or []
@@ -89,12 +94,10 @@ class Decoder:
 
         self.at, self.count = zeros(1), zeros(1)  # slot of the token that is read next; tokens drawn
         self.token, self.position = zeros(batch, 1), zeros(batch, 1)
-        self.done, self.real = (
-            zeros(batch, dtype=torch.bool),
-            zeros(batch, length, dtype=torch.bool),
-        )  # ended; not padding
+        self.done = zeros(batch, dtype=torch.bool)  # rows that have ended
+        self.real = zeros(batch, length, dtype=torch.bool)  # slots that hold no padding
         self.drawn = zeros(batch, length)
-        self.cache = Cache(layers=[Slots(length, self.at) for _ in self.blocks])
+        self.cache = Cache(layers=[Slots(length, self.at) for _ in archs.blocks(model, archs.of(model))])
         self.takes_where = "cache_position" in inspect.signature(model.forward).parameters  # before transformers 5
         self.random = torch.Generator(self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -153,16 +156,19 @@ class Decoder:
             self._prompt(0)
         self.at.fill_(T - 1)
         self.position.copy_(positions[:, -1:])
-        self.count.zero_(), self.done.zero_()
-        self._choose(logits)
+        self.count.zero_()
+        self.done.zero_()
+        self._move(self._draw(logits))
 
     def _prompt(self, tokens: int) -> None:
         for layer in self.cache.layers:
             layer.prompt = tokens
 
-    def _step(self) -> None:
-        """Read the last token and draw the next. All of it in fixed places, none of it waits for the host."""
-        self._choose(self._logits(self.token, self._masks(), self.position, self.at))
+    def _step(self, part: Callable[[Callable], Callable] = lambda part: part) -> None:
+        """Read the last token and draw the next. All of it in fixed places, none of it waits for the host. `part` wraps what it calls."""
+        logits = self._logits(self.token, part(self._masks)(), self.position, self.at)
+        draw = self._draw if self.sampling.temperature else part(self._draw)  # no compiler takes a torch.Generator
+        part(self._move)(draw(logits))
 
     def _logits(self, ids, mask, positions, where) -> torch.Tensor:
         """[B, vocabulary], of the last of the ids."""
@@ -190,13 +196,15 @@ class Decoder:
         lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=self.device)
         return torch.where(seen, lowest.new_zeros(()), lowest)[:, None, None]
 
-    def _choose(self, logits: torch.Tensor) -> None:
-        """Draw a token from each row of logits, and move on to it. Gumbel's trick, softmax / exponential, is a draw without a sync."""
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, vocabulary] -> [B] token ids. Gumbel's trick, the largest of softmax / exponential, is a draw that needs no sync."""
         if self.sampling.temperature:
             shares = self.warpers(self.drawn, logits.float()).softmax(-1)
-            token = (shares / torch.empty_like(shares).exponential_(generator=self.random)).argmax(-1)
-        else:
-            token = logits.argmax(-1)
+            logits = shares / torch.empty_like(shares).exponential_(generator=self.random)
+        return largest(logits)
+
+    def _move(self, token: torch.Tensor) -> None:
+        """Take the tokens that were drawn, padding where a row has ended, and go on to the next slot."""
         token = torch.where(self.done, self.pad, token)
         self.done |= torch.isin(token, self.ends)
         self.token.copy_(token[:, None])
@@ -208,26 +216,31 @@ class Decoder:
     def _advance(self) -> None:
         while self.graph is None and self.ways:
             self._capture(self.ways.pop(0))
-        self.graph.replay() if self.graph else self._step()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._step()
 
     def _capture(self, compile: bool) -> None:
         """Put the step into a CUDA graph; the state is as before. What cannot be captured is said in `reason`."""
         state = self.at, self.count, self.token, self.position, self.done, self.drawn
         before, seed = [tensor.clone() for tensor in state], self.random.get_state()
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        way = compiled(self.model, self.cache) if compile else nullcontext(lambda part: part)
         try:
-            with torch.cuda.device(self.device), compiled(self.blocks, self.cache) if compile else nullcontext():
+            with torch.cuda.device(self.device), way as part:
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     for _ in range(WARM):
-                        self._step()
+                        self._step(part)
                 torch.cuda.current_stream().wait_stream(stream)
                 graph.register_generator_state(self.random)
                 with torch.cuda.graph(graph, stream=stream):
-                    self._step()
-            self.graph, self.how = graph, "CUDA graph, blocks compiled" if compiled else "CUDA graph"
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            self.reason = f"{'torch.compile' if compiled else 'the CUDA graph'} failed: {str(error).splitlines()[0]}"
+                    self._step(part)
+            self.graph, self.how = graph, "CUDA graph, blocks compiled" if compile else "CUDA graph"
+        except Exception as error:  # of Dynamo, Inductor, Triton or CUDA, which share no class
+            self.reason = f"{'torch.compile' if compile else 'the CUDA graph'} failed: {str(error).splitlines()[0]}"
+            logger.warning(f"dlpkit: {self.reason}")
         for tensor, saved in zip(state, before, strict=True):
             tensor.copy_(saved)
         self.random.set_state(seed)
@@ -248,13 +261,24 @@ class Decoder:
         return arrives
 
 
+def largest(scores: torch.Tensor) -> torch.Tensor:
+    """argmax over the last of two dimensions in two stages: torch gives a whole row, 128 thousand logits, to one multiprocessor."""
+    V = scores.shape[1]
+    width = -(-V // PIECES)
+    pieces = torch.nn.functional.pad(scores, (0, PIECES * width - V), value=float("-inf")).unflatten(1, (PIECES, width))
+    best, where = pieces.max(2)
+    piece = best.argmax(1)
+    return piece * width + where.gather(1, piece[:, None])[:, 0]
+
+
 def generate_text(
     model: PreTrainedModel, tokenizer, prompts: list[str], tokens: int = 64, sampling: Sampling = GREEDY,
-    compile: bool = True, streamer: TextStreamer | None = None, notice: Callable[[str], None] | None = None,
+    compile: bool | None = None, streamer: TextStreamer | None = None, notice: Callable[[str], None] | None = None,
 ) -> list[str]:  # fmt: skip
     """Prompts -> each with what comes after it, read in one batch with padding on the left.
 
-    streamer: prints the text of a single prompt as it comes. notice: is told when decoding is eager, and why.
+    compile: the blocks, on a GPU; None does it for COMPILE_FROM tokens or more. streamer: prints the text of a single prompt as it comes.
+    notice: hears why decoding is not as fast as it could be.
     """
     if not prompts or not all(prompts):
         raise ValueError("the prompt is empty: give some text to go on from")
@@ -262,6 +286,7 @@ def generate_text(
         tokenizer.pad_token = tokenizer.eos_token
     inputs = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, padding_side="left")
     ids = inputs["input_ids"]
+    compile = tokens >= COMPILE_FROM if compile is None else compile
     decoder = Decoder(model, len(ids), ids.shape[1] + tokens, sampling, compile=compile)
     if streamer:
         streamer.put(ids[0])
@@ -281,6 +306,9 @@ def generate(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, tokens: int = 64,
     sampling: Sampling = GREEDY, eos: Sequence[int] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """[B, T] token ids and mask, as `Decoder.stream` takes them -> [B, at most `tokens`] new ones, on the host."""
-    decoder = Decoder(model, len(ids), ids.shape[1] + tokens, sampling, eos)
+    """[B, T] token ids and mask, as `Decoder.stream` takes them -> [B, at most `tokens`] new ones, on the host.
+
+    Compiled from COMPILE_FROM tokens on; a Decoder serves many prompts with one compilation.
+    """
+    decoder = Decoder(model, len(ids), ids.shape[1] + tokens, sampling, eos, compile=tokens >= COMPILE_FROM)
     return torch.stack(list(decoder.stream(ids, mask, tokens)), 1)

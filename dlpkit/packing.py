@@ -17,10 +17,17 @@ def pack_linears(model: nn.Module, format: str = "auto") -> dict[str, SparseLine
     read the same input are packed as one unless the dense kernel runs them. Zeros lose their sign: `weight * mask` leaves -0.0, which
     has a bit set and would be stored as a value.
     """
-    for names in _groups(model, archs.of(model)):
+    arch = archs.of(model)
+    for index in range(len(archs.blocks(model, arch))):
+        pack_block(model, arch, index, format)
+    return sparse_linears(model)
+
+
+def pack_block(model: nn.Module, arch: archs.Arch, index: int, format: str = "auto") -> None:
+    """The same for one block; the others may still be on the meta device."""
+    for names in _block_groups(model, arch, index):
         unpacked = [name for name in names if not _is_packed(model.get_submodule(name))]
         _pack(model, {name: _unsigned(model.get_submodule(name)) for name in unpacked}, format)
-    return sparse_linears(model)
 
 
 def pack_stored(model: nn.Module, format: str = "auto") -> None:
@@ -66,12 +73,13 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _groups(model: nn.Module, arch: archs.Arch) -> list[list[str]]:
-    """Full names of the prunable Linears, those that read the same input together. Names: holding modules would keep their weights."""
-    found = []
-    for index, block in enumerate(archs.blocks(model, arch)):
-        linears = archs.linears(block, arch)
-        found += [[f"{arch.blocks}.{index}.{name}" for name in group if name in linears] for group in arch.groups()]
-    return found
+    return [names for i in range(len(archs.blocks(model, arch))) for names in _block_groups(model, arch, i)]
+
+
+def _block_groups(model: nn.Module, arch: archs.Arch, index: int) -> list[list[str]]:
+    """Full names of a block's Linears, those that read the same input together. Names: holding modules would keep their weights."""
+    linears = archs.linears(archs.blocks(model, arch)[index], arch)
+    return [[f"{arch.blocks}.{index}.{name}" for name in group if name in linears] for group in arch.groups()]
 
 
 def _unsigned(linear: nn.Linear) -> torch.Tensor:

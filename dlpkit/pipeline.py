@@ -97,7 +97,7 @@ def _run(
         with meter.stage("evaluate pruned"):
             after = _measure(again, recipe, held_out, device, progress)
         with meter.stage("generate"):
-            [sample] = generation.generate_text(again, tokenizer, [SAMPLE_PROMPT], SAMPLE_TOKENS, compile=False)
+            [sample] = generation.generate_text(again, tokenizer, [SAMPLE_PROMPT], SAMPLE_TOKENS)
         result = {
             "recipe": recipe.model_dump(),
             "structure": structure,
@@ -230,7 +230,7 @@ def evaluate_model(
 
 def generate_text(
     model: str | Path, prompts: list[str], tokens: int = 64, sampling: Sampling = GREEDY, device: str | None = None,
-    runtime: str = "auto", compile: bool = True, stream: bool = False, notice: Callable[[str], None] = print,
+    runtime: str = "auto", compile: bool | None = None, stream: bool = False, notice: Callable[[str], None] = print,
 ) -> list[str]:  # fmt: skip
     """Prompts -> each with up to `tokens` more tokens. stream: print the text of a single prompt as it comes. notice: hears why decoding is slow."""
     tokenizer, loaded = models.load_tokenizer(model), checkpoint.load(model, runtime, default_device(device))

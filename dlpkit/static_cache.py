@@ -4,16 +4,24 @@ transformers' own StaticLayer counts the tokens it holds, in each layer and diff
 fills the cache says where, so a step is the same whatever came before it, and can be replayed.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
+from dlpkit import archs
+from dlpkit.kernels.runtime import HAS_TRITON
 from dlpkit.sparse import SparseLinear
 
+if HAS_TRITON:
+    from dlpkit.kernels.attend import attend
+
 VARIANTS = 64  # of a block in one model: kinds of attention times runtime formats and grids of its Linears
+FUSION = {"combo_kernels": True}  # the rotary embeddings of q and k and the update of the cache in one launch
 
 
 class Slots(StaticLayer):
@@ -45,33 +53,51 @@ class Slots(StaticLayer):
         return self.prompt or self.max_cache_len, 0
 
 
-@contextmanager
-def compiled(blocks: Iterable[nn.Module], cache: Cache) -> Iterator[None]:
-    """While it is open, every block runs compiled. One compilation serves all blocks that differ in their tensors alone.
+def attention(module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[torch.Tensor, None]:
+    """transformers' attention function for one query per sequence: [B, H, 1, D] over a whole cache -> [B, 1, H, D]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query[:, :, 0], key, value, attention_mask[:, 0, 0], scale)[:, None], None
 
-    For that a block gets its own layer of the cache in place of the whole: transformers' blocks only ever call its update.
+
+AttentionInterface.register("dlpkit_decode", attention)
+
+
+@contextmanager
+def compiled(model: PreTrainedModel, cache: Cache) -> Iterator[Callable]:
+    """While it is open, every block runs compiled, and the modules around them -> what compiles a function like them.
+
+    One compilation serves all blocks of a kind. For that a block gets its own layer of the cache in place of the whole: transformers' blocks only ever call its update. Attention
+    that torch's scaled_dot_product_attention would do is done by `attend`.
     """
-    run = torch.compile(_run, fullgraph=True)
+    arch = archs.of(model)
+    blocks = archs.blocks(model, arch)
+    around = model.get_submodule(arch.blocks.rpartition(".")[0])
     settings = {
         "force_parameter_static_shapes": False,  # packed weights differ in length
         "force_nn_module_property_static_shapes": False,
         "recompile_limit": VARIANTS,
     }
+    implementation = model.config._attn_implementation
+    compile = partial(torch.compile, fullgraph=True, dynamic=False, options=FUSION)
+    run = compile(_run)
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch(settings))
+        if implementation == "sdpa" and HAS_TRITON:
+            model.config._attn_implementation = "dlpkit_decode"
+            stack.callback(setattr, model.config, "_attn_implementation", implementation)
         for block in blocks:
             _free_lengths(block)
-            block.forward = _caller(run, block, cache.layers[_layer(block)], cache)
+            own = getattr(block.get_submodule(arch.attn), "layer_idx", None)  # None where the attention was dropped
+            block.forward = _caller(run, block, cache, None if own is None else cache.layers[own])
             stack.callback(delattr, block, "forward")
-        yield
+        for module in around.children():
+            if module is not blocks:
+                module.forward = compile(module.forward)
+                stack.callback(delattr, module, "forward")
+        yield compile
 
 
-def _layer(block: nn.Module) -> int:
-    """Which layer of a cache the block's attention fills: not that of its own number where others have no attention (dlpkit.edits)."""
-    return next(module.layer_idx for module in block.children() if hasattr(module, "layer_idx"))
-
-
-def _caller(run, block: nn.Module, layer: Slots, cache: Cache):
+def _caller(run: Callable, block: nn.Module, cache: Cache, layer: Slots | None) -> Callable:
     def forward(hidden, *args, **kwargs):
         args = [layer if arg is cache else arg for arg in args]
         return run(block, hidden, args, {name: layer if arg is cache else arg for name, arg in kwargs.items()})

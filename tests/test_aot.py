@@ -7,7 +7,21 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dlpkit.kernels import arrange, attend, census, columns, compact, cull, expand, group, lanes, pick, runtime, slots, walk
+from dlpkit.kernels import (
+    arrange,
+    attend,
+    census,
+    columns,
+    compact,
+    cull,
+    expand,
+    group,
+    lanes,
+    pick,
+    runtime,
+    slots,
+    walk,
+)
 
 pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the interpreter has no compiler")
 

@@ -131,7 +131,11 @@ def test_doctor_says_what_will_run(run):
 
 def test_bench_wants_a_gpu_and_a_known_name(run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    for arguments, message in [(["kernels"], "want an NVIDIA GPU"), (["everything"], "kernels, got 'everything'")]:
+    for arguments, message in [
+        (["kernels"], "want an NVIDIA GPU"),
+        (["tokens", "llama-3-8b", "--batches", "1"], "want an NVIDIA GPU"),
+        (["everything"], "kernels and tokens, got 'everything'"),
+    ]:
         found = run("bench", *arguments)
         assert found.code == 2
         assert message in found.err

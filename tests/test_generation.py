@@ -1,15 +1,13 @@
-import functools
-
 import pytest
 import torch
 from conftest import tiny_model
+from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig
 
 import dlpkit
-from dlpkit import archs
-from dlpkit.generation import Decoder, Sampling, generate
+from dlpkit import archs, edits, static_cache
+from dlpkit.generation import Decoder, Sampling, generate, largest
 from dlpkit.kernels import formats
-from dlpkit.static_cache import compiled
 
 NEW = 12  # past the sliding window of 8 in the tiny models
 
@@ -48,22 +46,56 @@ def test_a_padded_batch_is_its_rows_alone(kind, tokens, device):
         assert torch.equal(row[: len(alone)], alone)
 
 
+def compiled_without_inductor(model, ids, monkeypatch):
+    """The tokens that compiled steps draw, and how often the blocks and the rest were compiled."""
+    torch._dynamo.reset()
+    blocks, rest, real = CompileCounter(), CompileCounter(), torch.compile
+
+    def compile(function, fullgraph, dynamic, options):
+        backend = blocks if function is static_cache._run else rest
+        return real(function, fullgraph=fullgraph, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    decoder = Decoder(model, len(ids), 32)
+    decoder._read(ids, None)
+    with static_cache.compiled(model, decoder.cache) as part:
+        for _ in range(NEW - 1):
+            decoder._step(part)
+    return decoder.drawn, blocks.frame_count, rest.frame_count
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", archs.names())
-def test_blocks_compile_once_for_all_of_a_kind_and_change_nothing(kind, tokens, monkeypatch):
+def test_compiling_changes_nothing_and_happens_once_for_all_blocks_of_a_kind(kind, tokens, monkeypatch):
     model, ids = tiny_model(kind), tokens[:2, :9]
     expected = generate(model, ids, tokens=NEW)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    decoder = Decoder(model, 2, 32)
-    stream = decoder.stream(ids, tokens=NEW)
-    first = next(stream)
-    with compiled(decoder.blocks, decoder.cache):
-        found = torch.stack([first, *stream], 1)
-    assert torch.equal(found, expected)
-    kinds = len(set(getattr(model.config, "layer_types", None) or [None]))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= kinds
-    assert not any("forward" in vars(block) for block in decoder.blocks)
+    before, state = {**vars(model.config)}, [set(vars(module)) for module in model.modules()]
+    drawn, blocks, rest = compiled_without_inductor(model, ids, monkeypatch)
+    assert torch.equal(drawn[:, : expected.shape[1]], expected)
+    assert 1 <= blocks <= len(set(getattr(model.config, "layer_types", None) or [None]))
+    assert rest > 0
+    assert before == vars(model.config)
+    assert state == [set(vars(module)) for module in model.modules()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", archs.names())
+def test_models_without_some_layers_and_halves(kind, tokens, monkeypatch):
+    changes = {"layer_types": ["sliding_attention", "full_attention"] * 3} if kind in ("gemma2", "gemma3_text") else {}
+    model, ids = tiny_model(kind, num_hidden_layers=6, **changes), tokens[:2, :9]
+    edits.apply(model, [edits.Drop(0, "attn"), edits.Drop(2, "mlp"), edits.Drop(3, "layer")])
+    expected = generate(model, ids, tokens=NEW)
+    assert torch.equal(expected, reference(model, ids))
+    drawn, *_ = compiled_without_inductor(model, ids, monkeypatch)
+    assert torch.equal(drawn[:, : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize("V", [1, 5, 128, 129, 1000, 32000])
+def test_largest_is_argmax(V, device):
+    scores = torch.rand(4, V, device=device)
+    scores[0] = -torch.inf
+    scores[0, V // 2] = 0
+    assert torch.equal(largest(scores), scores.argmax(1))
 
 
 def test_sampling_repeats_by_seed(tokens, device):

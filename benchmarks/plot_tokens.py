@@ -1,0 +1,55 @@
+"""Draw the rows of bench_tokens.py: tokens per second at batch 1 beside what the bytes allow, and the speed-up by batch.
+
+python benchmarks/plot_tokens.py benchmarks/results/tokens-h100.jsonl out.svg
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def token_rows(path: Path) -> dict[tuple, dict]:
+    """Rows by (model, prompt, batch, pattern), dense first; of several the last one counts."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {(r["model"], r["prompt"], r["batch"], r["pattern"]): r for r in rows}
+    return {key: found[key] for key in sorted(found, key=lambda key: (*key[:3], key[3] != "dense", key[3]))}
+
+
+def draw(found: dict, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({key[2] for key in found})
+    panels = 2 if len(sizes) > 1 else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained", squeeze=False)
+    alone(axes[0, 0], {key: row for key, row in found.items() if key[2] == 1})
+    if panels == 2:
+        by_batch(axes[0, 1], found, sizes)
+    for each in axes.flat:
+        each.grid(alpha=0.3)
+        each.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def alone(axes, found: dict) -> None:
+    names = [f"{model}\nprompt {prompt}\n{pattern}" for model, prompt, _, pattern in found]
+    axes.bar(names, [row["tokens_per_s"] for row in found.values()], label="measured")
+    ceilings = [1e9 * row["roof_gbps"] / row["step_bytes"] for row in found.values()]
+    axes.plot(names, ceilings, "k_", markersize=24, label="weights at copy bandwidth")
+    axes.set(ylabel="tokens per second", title="batch 1")
+    axes.tick_params(axis="x", labelsize=7)
+
+
+def by_batch(axes, found: dict, sizes: list[int]) -> None:
+    for model, prompt, pattern in dict.fromkeys((m, p, pattern) for m, p, _, pattern in found if pattern != "dense"):
+        line = {b: r["speedup"] for (m, p, b, s), r in found.items() if (m, p, s) == (model, prompt, pattern)}
+        axes.plot(sorted(line), [line[b] for b in sorted(line)], "o-", label=f"{model}, prompt {prompt}, {pattern}")
+    axes.set(xlabel="batch", ylabel="times the dense model", xscale="log", xticks=sizes, xticklabels=sizes)
+    axes.minorticks_off()
+    axes.axhline(1, color="grey", linewidth=0.8)
+
+
+if __name__ == "__main__":
+    draw(token_rows(Path(sys.argv[1])), sys.argv[2])
