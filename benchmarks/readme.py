@@ -128,30 +128,46 @@ def lowest(row: dict) -> float:
 
 
 def width() -> str:
-    """Held-out loss and perplexity of width-pruned models by method and share of parameters removed, before and after recovery."""
-    found = [row for row in rows("width-h100.jsonl") if row["bench"] == "width"]
-    targets = sorted({row["target"] for row in found})
-    by = {}
+    return widths("width-h100.jsonl")
+
+
+def width_options() -> str:
+    return widths("width-options-cpu.jsonl")
+
+
+def widths(file: str) -> str:
+    """What width pruning leaves, by method and share of parameters removed: held-out loss, perplexity, and that after recovery, where measured."""
+    found = [row for row in rows(file) if row["bench"] == "width"]
+    shown = {"held_out_loss": "C4 loss", "perplexity": "perplexity", "perplexity_recovered": "recovered"}
+    columns = [
+        (target, key)
+        for target in sorted({row["target"] for row in found})
+        for key in shown
+        if any(key in row for row in found if row["target"] == target)
+    ]
+    by: dict[str, dict] = {}
     for row in found:
-        name = " ".join([row["method"], *(f"{value}" for value in row["options"].values())])
-        by.setdefault(name, {}).setdefault(row["target"], {}).update(row)
-    lines = []
-    for name, at in by.items():
-        line = [name]
-        for target in targets:
-            row = at.get(target, {})
-            shown = ("held_out_loss", "perplexity", "perplexity_recovered")
-            line += [
-                f"{row[key]:.3f}" if key == "held_out_loss" and key in row else number(row[key]) if key in row else ""
-                for key in shown
-            ]
-        lines.append(tuple(line))
-    what = ("C4 loss", "perplexity", "recovered")
-    header = ("method", *(f"{target:.0%}: {kind}" for target in targets for kind in what))
+        name = " ".join([row["method"], *map(str, row["options"].values())])
+        by.setdefault(name, {}).update({(row["target"], key): row[key] for key in shown if key in row})
+    lines = [
+        (
+            name,
+            *(
+                "" if value is None else f"{value:.3f}" if key == "held_out_loss" else number(value)
+                for (_, key), value in zip(columns, [at.get(column) for column in columns], strict=True)
+            ),
+        )
+        for name, at in by.items()
+    ]
+    header = ("method", *(f"{target:.0%}: {shown[key]}" for target, key in columns))
     first = found[0]
+    dense = f"dense C4 loss {first['dense_held_out_loss']:.3f}"
+    if "dense_perplexity" in first:
+        dense += f", perplexity {first['dense_perplexity']:.2f}"
+    where = "a CPU" if first["gpu"] == "none" else first["gpu"]
     return (
-        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, dense perplexity {first['dense_perplexity']:.2f}, C4 loss "
-        f"{first['dense_held_out_loss']:.3f}; {first['gpu']}, torch {first['torch']}, commit {first['commit']}."
+        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['nsamples']} windows of {first['seqlen']} tokens, {dense}; {where}, "
+        f"torch {first['torch']}, commit {first['commit']}."
     )
 
 
@@ -196,6 +212,7 @@ TABLES = {
     "quality": quality,
     "recovery": recovery,
     "width": width,
+    "width_options": width_options,
     "sizes": sizes,
     "kernels": kernels,
     "packing": packing,
