@@ -47,6 +47,9 @@ def prune(
     structure: Structure = None,
     remove: Remove = None,
     structure_option: StructureOption = None,
+    width: Annotated[str | None, typer.Option(help="A second structure, for what the first has left: saap, llm_pruner, flap, ...")] = None,
+    width_remove: Annotated[str | None, typer.Option("--width-remove", help="How much of it, as for --remove.")] = None,
+    width_option: Annotated[list[str] | None, typer.Option("--width-option", help="Its own, as name=value: fusion=F3.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="The allocation's own, as name=value: alpha=0.1, strategy=mean.")] = None,
     granularity: Annotated[str | None, typer.Option(help="One sparsity per block or per linear.")] = None,
     text: Annotated[str | None, typer.Option(help="Calibration text: builtin, wikitext2, c4, ptb, slimpajama, alpaca, or a .txt, .raw, .jsonl, .jsonl.gz file.")] = None,
@@ -78,10 +81,10 @@ def prune(
     flags = {
         "model": model, "criterion": criterion, "allocation": allocation, "sparsity": sparsity, "granularity": granularity,
         "text": text, "nsamples": nsamples, "seqlen": seqlen, "seed": seed, "batch_size": batch_size, "dtype": dtype,
-        "eval_text": eval_text, "eval_windows": eval_windows, "structure": structure,
+        "eval_text": eval_text, "eval_windows": eval_windows, "structure": structure, "width": width,
     }  # fmt: skip
     values |= recipe.split_method({key: value for key, value in flags.items() if value is not None})
-    values |= recipe.removal(remove, structure_option)
+    values |= recipe.removal(remove, structure_option) | recipe.removal(width_remove, width_option, "width")
     if option:
         values["options"] = recipe.options(option)
     try:

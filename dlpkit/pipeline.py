@@ -75,6 +75,12 @@ def _run(
             )
             cutting.cut(model, plan)
             structure |= plan.to_dict()
+            if recipe.width:
+                plan = cutting.find(
+                    model, recipe.width, recipe.width_remove, recipe.width_options, batches, device, progress=progress
+                )
+                cutting.cut(model, plan)
+                structure["then"] = plan.to_dict()
     pruned = PruneReport(recipe.criterion, recipe.allocation, recipe.sparsity, recipe.granularity)
     if recipe.prunes_weights:
         with meter.stage("prune"):

@@ -18,7 +18,8 @@ class Recipe(BaseModel):
     """Unknown keys are errors. `sparsity` takes a pattern too: 0.6, "0.6@256" (equal counts per 256 columns) or "2:4".
 
     structure: a method of dlpkit.structure, or a plan.json, that first removes `remove`: a share of all parameters or a number of things.
-    Weights are then pruned only if `sparsity` is given.
+    width: a second method, that removes `width_remove` of what the first has left: depth, then width. Weights are then pruned only if
+    `sparsity` is given.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,6 +28,9 @@ class Recipe(BaseModel):
     structure: str | None = None
     remove: Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)] | None = None
     structure_options: dict[str, bool | int | float | str] = {}  # of the structure: mode, rule, ...
+    width: str | None = None
+    width_remove: Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)] | None = None
+    width_options: dict[str, bool | int | float | str] = {}
     criterion: str = "wanda"
     sparsity: str = "0.5"
     allocation: str = "dlp"
@@ -84,6 +88,20 @@ class Recipe(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _width_fits(self) -> "Recipe":
+        if self.width is None:
+            if self.width_remove is not None or self.width_options:
+                raise ValueError("what width is to remove needs a width that says how, as in width: saap")
+        elif self.structure is None or self.width_remove is None:
+            raise ValueError(
+                "width comes after a structure and wants a width_remove; for width alone, give it as the structure"
+            )
+        else:
+            structures.check_target(self.width_remove)
+            structures.check_options(self.width, self.width_options)
+        return self
+
     @property
     def prunes_weights(self) -> bool:
         return Pattern.parse(self.sparsity).sparsity > 0
@@ -130,10 +148,11 @@ def split_method(values: dict) -> dict:
     return values
 
 
-def removal(remove: str | None, pairs: list[str] | None) -> dict:
-    """What the flags of a structure say: ("0.2", ["mode=attn"]) -> {"remove": 0.2, "structure_options": {"mode": "attn"}}."""
-    found = {} if remove is None else {"remove": yaml.safe_load(remove)}
-    return found | ({"structure_options": options(pairs)} if pairs else {})
+def removal(remove: str | None, pairs: list[str] | None, of: str = "structure") -> dict:
+    """What the flags of a structure say: ("0.2", ["mode=attn"]) -> {"remove": 0.2, "structure_options": {"mode": "attn"}}. of: or "width"."""
+    target = "remove" if of == "structure" else f"{of}_remove"
+    found = {} if remove is None else {target: yaml.safe_load(remove)}
+    return found | ({f"{of}_options": options(pairs)} if pairs else {})
 
 
 def options(pairs: list[str]) -> dict[str, float | str]:

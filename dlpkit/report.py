@@ -218,6 +218,8 @@ def _how(recipe: dict) -> str:
         told.append(
             f"{recipe['structure']} removing {'what it plans' if recipe['remove'] is None else recipe['remove']}"
         )
+    if recipe["width"]:
+        told.append(f"{recipe['width']} removing {recipe['width_remove']}")
     if Pattern.parse(recipe["sparsity"]).sparsity:
         told.append(f"{recipe['criterion']} scores, {recipe['allocation']} allocation, pattern {recipe['sparsity']}")
     return "; then ".join(told)
@@ -228,6 +230,8 @@ def _parts(report: dict) -> str:
     found = ""
     if report["structure"]:
         found += f"## Structure\n\n{structure_table(report['structure'])}\n\n{step_table(report['structure'])}\n\n"
+        if then := report["structure"].get("then"):
+            found += f"Then, of what was left:\n\n{step_table(then)}\n\n"
     if report["blocks"]:
         found += f"## Sparsity by block\n\n{block_table(report)}\n\n"
     return found

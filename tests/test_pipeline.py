@@ -197,6 +197,34 @@ def test_depth_then_weights_in_one_recipe(model_folder, tmp_path):
     assert torch.equal(packed(torch.arange(9)[None]).logits, dense(torch.arange(9)[None]).logits)
 
 
+def test_depth_then_width_then_weights_in_one_recipe(model_folder, tmp_path):
+    wanted = depth(
+        model_folder, structure="sleb", remove=1, width="saap", width_remove=0.1, width_options={"first": 0, "last": 0}, sparsity="0.5"
+    )  # fmt: skip
+    result = pipeline.run(wanted, tmp_path / "out", dense=tmp_path / "dense")
+    structure = result["structure"]
+    assert {step["kind"] for step in structure["then"]["steps"]} == {"slice"}
+    left = (1 - structure["steps"][-1]["share"]) * (1 - structure["then"]["steps"][-1]["share"])
+    assert structure["after"]["parameters"] / structure["before"]["parameters"] == pytest.approx(left)
+    assert result["sparsity"] == pytest.approx(0.5, abs=0.01)
+    packed, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "dense"))
+    assert torch.equal(packed(torch.arange(9)[None]).logits, dense(torch.arange(9)[None]).logits)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "sleb removing 1; then saap removing 0.1; then wanda scores" in card
+    assert "Then, of what was left" in card
+    assert recipe.make(**recipe.read(tmp_path / "out" / "recipe.yaml")) == wanted
+
+
+def test_a_plan_of_slices_serves_its_own_target_alone(model_folder, tmp_path):
+    wanted = {"structure_options": {"first": 0, "last": 0, "multiple": 1}}
+    found = pipeline.plan(depth(model_folder, structure="llm_pruner", remove=0.2, **wanted), tmp_path / "plan.json")
+    assert found["steps"][-1]["share"] >= 0.2
+    with pytest.raises(ValueError, match="no smaller one: plan anew"):
+        pipeline.run(depth(model_folder, structure=str(tmp_path / "plan.json"), remove=0.05), tmp_path / "less")
+    followed = pipeline.run(depth(model_folder, structure=str(tmp_path / "plan.json")), tmp_path / "followed")
+    assert json.dumps(followed["structure"]["steps"]) == json.dumps(found["steps"])
+
+
 def test_a_plan_serves_smaller_targets(model_folder, tmp_path):
     found = pipeline.plan(depth(model_folder, structure="blockpruner", remove=3), tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text()) == json.loads(json.dumps(found))

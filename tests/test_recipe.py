@@ -44,6 +44,17 @@ def test_wrong_values_are_named(values, message):
         ({"structure": "sleb", "remove": 2, "structure_options": {"mode": "attn"}}, "sleb does not take mode"),
         ({"remove": 0.2}, "needs a structure"),
         ({"structure": "nowhere.json"}, "is not a plan"),
+        ({"width": "saap", "width_remove": 0.2}, "give it as the structure"),
+        ({"structure": "sleb", "remove": 1, "width": "saap"}, "wants a width_remove"),
+        (
+            {"structure": "sleb", "remove": 1, "width": "saap", "width_remove": 2.0},
+            "a share of all parameters such as 0.2",
+        ),
+        (
+            {"structure": "sleb", "remove": 1, "width": "saap", "width_remove": 0.1, "width_options": {"mode": 1}},
+            "saap does not take mode",
+        ),
+        ({"structure": "sleb", "remove": 1, "width_remove": 0.1}, "needs a width"),
     ],
 )
 def test_wrong_structures_are_named(values, message):

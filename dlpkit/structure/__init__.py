@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dlpkit import archs, edits
-from dlpkit.edits import Drop, Edit
+from dlpkit.edits import Drop, Edit, Slice
 from dlpkit.kernels import registry
 from dlpkit.trunk import Work
 
@@ -55,6 +55,8 @@ class Plan:
             raise ValueError(
                 f"target {target} is out of reach: {len(self.edits)} removals take {shares[-1]:.1%} of the parameters"
             )
+        if size < len(self.edits) and any(isinstance(edit, Slice) for edit in self.edits):
+            raise ValueError("a plan of slices serves the target that it was made for, no smaller one: plan anew")
         return Plan(self.edits[:size], self.scores[:size], self.metric, self.shares[:size], self.work)
 
 
