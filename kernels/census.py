@@ -18,7 +18,10 @@ RESIDENT = 8  # programs of a multiprocessor
 
 
 @triton.jit
-def _tile(w_ptr, index, tiles_k, K, stride_w, scale_ptr, row_ptr, column_ptr, BLOCK: tl.constexpr, SCALE: tl.constexpr, SHARES: tl.constexpr):  # fmt: skip
+def _tile(
+    w_ptr, index, tiles_k, K, stride_w, scale_ptr, row_ptr, column_ptr,
+    BLOCK: tl.constexpr, SCALE: tl.constexpr, SHARES: tl.constexpr,
+):  # fmt: skip
     """Scores as bits, and which of them are there, of tile `index`: BLOCK columns of a row."""
     row = (index // tiles_k).to(tl.int64)
     col = index % tiles_k * BLOCK + tl.arange(0, BLOCK)

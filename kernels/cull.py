@@ -26,15 +26,8 @@ from dlpkit.kernels.terms import INFINITE, arguments, score_bits
 
 RANKED = (2, 4, 8, 16, 32)  # group sizes that are ranked
 RANK_TILE = 1024  # scores of a program of 4 warps
-SMALL_TILE, SMALL_REGISTERS = (
-    512,
-    80,
-)  # scores of a program of 1 warp that searches several groups, registers of a thread
-TILE, WARPS, REGISTERS = (
-    2048,
-    8,
-    128,
-)  # scores of a warp of a program that searches one group, and how many warps at most
+SMALL_TILE, SMALL_REGISTERS = 512, 80  # scores of a warp that searches several groups, registers of a thread
+TILE, WARPS, REGISTERS = 2048, 8, 128  # the same for warps that search one group, and how many do at most
 WARP_REGISTERS = 2048  # of a multiprocessor: it holds as many warps as that many registers of a thread each
 LARGEST = tl.constexpr(0x7F7FFFFF)  # the bits of the largest finite number: padding, never before a score
 ONE = tl.constexpr(0x3F800000)  # the bits of 1.0, the first pivot of a program
@@ -52,19 +45,16 @@ def _search(x, go, size, hint):
     step, turn = tl.zeros_like(go), 0
     searching = (below_low < go) & (low + 1 < high)
     while tl.max(searching.to(tl.int32), 0) > 0:
-        below = tl.sum(
-            ((x - pivot[:, None]).to(tl.uint32, bitcast=True) >> 31).to(tl.int32), 1
-        )  # signs: cheaper than comparisons
+        signs = (x - pivot[:, None]).to(tl.uint32, bitcast=True) >> 31  # cheaper than comparisons
+        below = tl.sum(signs.to(tl.int32), 1)
         up = below <= go
         low, below_low = tl.where(searching & up, pivot, low), tl.where(searching & up, below, below_low)
         high, below_high = tl.where(searching & ~up, pivot, high), tl.where(searching & ~up, below, below_high)
         off = tl.abs(go - below).to(tl.float32) * slope + MARGIN * OCTAVE
         step = tl.maximum(off.to(tl.int32), tl.minimum(2 * step, 1 << 28))
         leave = tl.where(up, pivot + tl.minimum(step, high - pivot), pivot - tl.minimum(step, pivot - low))
-        inverse = tl.rsqrt(
-            tl.maximum(below_high - below_low, 1).to(tl.float32)
-        )  # cheaper than a division, and as good here
-        part = tl.where(turn % 4 == 3, 0.5, (go - below_low).to(tl.float32) * inverse * inverse)
+        root = tl.rsqrt(tl.maximum(below_high - below_low, 1).to(tl.float32))  # its square is cheaper than a division
+        part = tl.where(turn % 4 == 3, 0.5, (go - below_low).to(tl.float32) * root * root)
         enclosed = (low > 0) & (high <= INFINITE)
         pivot = tl.where(enclosed, low + ((high - low).to(tl.float32) * part).to(tl.int32), leave)
         pivot = tl.maximum(low + 1, tl.minimum(pivot, high - 1))
@@ -124,9 +114,8 @@ def _search_kernel(
         goes = tl.where(group < groups, tl.where(size == SIZE, go, last), 0)
         hint, equal = _search(x, goes, size, hint)
         x = _settle(x, member, hint, equal, BLOCK)
-        w = tl.load(
-            w_ptr + row * stride_w + col, mask=there, other=0.0, eviction_policy="evict_first"
-        )  # kept, it takes registers
+        # read again, from cache: kept during the search it would take registers that scores need
+        w = tl.load(w_ptr + row * stride_w + col, mask=there, other=0.0, eviction_policy="evict_first")
         _put(out_ptr + row * stride_out + col, w, x >= hint[:, None], there, MASK)
 
 
