@@ -1,15 +1,16 @@
-"""Which runtime layout a weight gets where it lives, and why: the dense kernel unless a sparse one was measured to win.
+"""Which runtime layout a weight gets where it lives, which kernel then multiplies, and why: dense unless a sparse one was measured to win.
 
 Measured on an H100 (benchmarks/results/h100.jsonl), one row of x, random and Wanda-like masks, against the better of cuBLAS and a
-dense Triton GEMV. Packing is for decoding: past WALK_ROWS rows of x every packed layer is expanded to dense at every call.
+dense Triton GEMV. Packing is for decoding: past WALK_ROWS rows of x, BATCH_ROWS for `tile`, every packed layer is expanded to dense at
+every call. `tile` is for batches and never picked by itself: its kernels have no rows there yet, and at one row of x `sell` is faster.
 """
 
 import torch
 
-from dlpkit.kernels import storage
+from dlpkit.kernels import formats, storage
 from dlpkit.kernels.formats import nm
-from dlpkit.kernels.runtime import HAS_TRITON
-from dlpkit.kernels.tiles import SMALLEST
+from dlpkit.kernels.runtime import GLUON, HAS_TRITON, use_wgmma
+from dlpkit.kernels.tiles import BATCH_ROWS, FEW_ROWS, SMALLEST, WALK_ROWS
 
 MEASURED = {(9, 0): "H100"}  # compute capability -> where the table was filled
 DENSEST = 0.5  # share of weights kept up to which a packed kernel won on every layer measured
@@ -42,6 +43,33 @@ def available(device: torch.device | str) -> tuple[bool, str]:
             f"the sparse kernels are measured on {known} only, not on this GPU: name a format to use one anyway",
         )
     return True, f"sparse kernels win here for 16-bit weights from {1 - DENSEST:.0%} sparsity"
+
+
+def path(
+    format: str, N: int, K: int, M: int, density: float, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[str, str]:
+    """(kernel, reason): what multiplies M rows of x by an [N, K] weight of `density` kept weights packed in a format on a device.
+
+    Kernels: cublas, reference, walk, pick, batch, special, expand (which is followed by cuBLAS). N, K and density decide for no kernel
+    yet; they only say how many bytes an expansion moves. Raises ValueError for an unknown format.
+    """
+    formats.get(format)
+    device = torch.device(device)
+    if format == "dense":
+        return "cublas", "the weight is dense"
+    if device.type != "cuda" or not HAS_TRITON or dtype not in (torch.bfloat16, torch.float16):
+        return "reference", "Triton's kernels take 16-bit weights on a GPU: decoded to dense at every call"
+    megabytes = (20 * density + 16) / 8 * N * K / 1e6
+    expanded = f"expanded to dense, which moves {megabytes:.0f} MB, and multiplied by cuBLAS"
+    if format != "tile":
+        if M <= WALK_ROWS:
+            return {"sell": "walk", "nm": "pick"}[format], f"{M} rows of x, of at most {WALK_ROWS}"
+        return "expand", f"{M} rows of x are more than {WALK_ROWS}: {expanded}"
+    if not use_wgmma(device):
+        return "expand", f"the batch kernels want a Hopper GPU and Triton {' or '.join(GLUON)}: {expanded}"
+    if M > BATCH_ROWS:
+        return "expand", f"{M} rows of x are more than {BATCH_ROWS}: {expanded}"
+    return "batch" if M <= FEW_ROWS else "special", f"{M} rows of x, of at most {BATCH_ROWS}"
 
 
 def choose_for(

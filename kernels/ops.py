@@ -1,19 +1,24 @@
 """The kernels as torch.library operators, so that torch.compile and CUDA graphs take a packed layer whole.
 
-`*_matmul` is x [M, K] -> [M, N]: up to WALK_ROWS rows of x by the walking kernels, more by expanding the weight into a dense scratch
-and the vendor's matmul. No host synchronisation. Differentiable in x and bias; the weight is data.
+`*_matmul` is x [M, K] -> [M, N]. Which kernel multiplies how many rows of x, `dispatch.path` says; past those, the weight is expanded into
+a dense scratch and the vendor's matmul takes over. The scratch is the caching allocator's: layers that run one after the other share
+it. No host synchronisation. Differentiable in x and bias; the weight is data.
 """
 
 import contextlib
 
 import torch
 
-from dlpkit.kernels import expand, pick, walk
+from dlpkit.kernels import blocks, expand, pick, walk
+from dlpkit.kernels.runtime import HAS_GLUON, use_wgmma
+from dlpkit.kernels.tiles import BATCH_ROWS, WALK_ROWS
 
-WALK_ROWS = 24  # H100, 14336 x 4096: past this, expanding and cuBLAS take no longer than one more launch of the walk
+if HAS_GLUON:
+    from dlpkit.kernels import batch, spread
 
 SELL = "Tensor values, Tensor gaps, Tensor bases, Tensor order, Tensor pairs, Tensor steps"
 NM = "Tensor values, Tensor codes"
+TILE = "Tensor values, Tensor gaps, Tensor extras, Tensor places, Tensor starts, Tensor extra_starts, Tensor arrived"
 GRID = "int N, int K, int rows, int segments"
 
 torch.library.define("dlpkit::sell_matmul", f"(Tensor x, Tensor? bias, {SELL}, {GRID}) -> Tensor")
@@ -22,6 +27,8 @@ torch.library.define(
     "dlpkit::nm_matmul", f"(Tensor x, Tensor? bias, {NM}, {GRID}, int n, int m, int step, int steps) -> Tensor"
 )
 torch.library.define("dlpkit::nm_dense", f"({NM}, {GRID}, int n, int m, int step, int steps) -> Tensor")
+torch.library.define("dlpkit::tile_matmul", f"(Tensor x, Tensor? bias, {TILE}, int N, int K) -> Tensor")
+torch.library.define("dlpkit::tile_dense", f"({TILE}, int N, int K) -> Tensor")
 
 
 def _kernel(name: str):
@@ -66,6 +73,23 @@ def _nm_matmul(x, bias, values, codes, N, K, rows, segments, n, m, step, steps):
     return pick.pick(x, values, codes, bias, N, n, m, rows, segments, step, steps)
 
 
+@_kernel("dlpkit::tile_dense")
+def _tile_dense(values, gaps, extras, places, starts, extra_starts, arrived, N, K):
+    bits = values.view(torch.int16), gaps, extras.view(torch.int16)
+    return blocks.dense(*bits, places, starts, extra_starts, N, K).view(values.dtype)
+
+
+@_kernel("dlpkit::tile_matmul")
+def _tile_matmul(x, bias, values, gaps, extras, places, starts, extra_starts, arrived, N, K):
+    weight = values, gaps, extras, places, starts, extra_starts, arrived
+    if not use_wgmma(x.device):
+        return torch.nn.functional.linear(x, _tile_dense(*weight, N, K), bias)
+    if x.shape[0] <= BATCH_ROWS:
+        return batch.multiply(x, *weight, None if bias is None else bias.contiguous(), N, K)
+    dense = spread.spread(*weight[:-1], N, K)  # [K, N]
+    return x @ dense if bias is None else torch.addmm(bias, x, dense)
+
+
 @torch.library.register_fake("dlpkit::sell_dense")
 def _sell_dense_fake(values, gaps, bases, order, pairs, steps, N, K, rows, segments):
     return values.new_empty(N, K)
@@ -74,6 +98,16 @@ def _sell_dense_fake(values, gaps, bases, order, pairs, steps, N, K, rows, segme
 @torch.library.register_fake("dlpkit::nm_dense")
 def _nm_dense_fake(values, codes, N, K, *grid):
     return values.new_empty(N, K)
+
+
+@torch.library.register_fake("dlpkit::tile_dense")
+def _tile_dense_fake(values, gaps, extras, places, starts, extra_starts, arrived, N, K):
+    return values.new_empty(N, K)
+
+
+@torch.library.register_fake("dlpkit::tile_matmul")
+def _tile_matmul_fake(x, bias, values, gaps, extras, places, starts, extra_starts, arrived, N, K):
+    return x.new_empty(x.shape[0], N)
 
 
 @torch.library.register_fake("dlpkit::sell_matmul")
@@ -103,3 +137,4 @@ def _backward(dense):
 
 torch.library.register_autograd("dlpkit::sell_matmul", _backward(torch.ops.dlpkit.sell_dense), setup_context=_keep)
 torch.library.register_autograd("dlpkit::nm_matmul", _backward(torch.ops.dlpkit.nm_dense), setup_context=_keep)
+torch.library.register_autograd("dlpkit::tile_matmul", _backward(torch.ops.dlpkit.tile_dense), setup_context=_keep)

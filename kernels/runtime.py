@@ -1,13 +1,21 @@
 """What runs here: Triton on a GPU, Triton's interpreter, or the torch references. The only hardware `if` and the only env read."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+GLUON = ("3.6", "3.7")  # Triton's experimental language changes: the releases that its kernels here are compiled with
+HAS_GLUON = HAS_TRITON and importlib.metadata.version("triton").startswith(tuple(f"{release}." for release in GLUON))
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton reads it too, when a kernel is defined
+
+
+def use_wgmma(device: torch.device) -> bool:
+    """Whether the kernels for Hopper's tensor cores run: written in Gluon, for that GPU alone."""
+    return device.type == "cuda" and HAS_GLUON and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def use_triton(*tensors: torch.Tensor | None) -> bool:

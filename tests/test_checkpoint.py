@@ -253,7 +253,7 @@ def test_damaged_config_is_refused(edit, message, folder, tmp_path):
 
 
 def test_unknown_runtime_lists_the_known(folder):
-    with pytest.raises(ValueError, match="'auto' or one of dense, nm, sell"):
+    with pytest.raises(ValueError, match="'auto' or one of dense, nm, sell, tile"):
         dlpkit.load(folder, runtime="csr")
 
 

@@ -137,5 +137,5 @@ def test_nm_refuses_unstructured():
 
 
 def test_unknown_format_lists_the_known():
-    with pytest.raises(ValueError, match="dense, nm, sell"):
+    with pytest.raises(ValueError, match="dense, nm, sell, tile"):
         formats.get("csr")

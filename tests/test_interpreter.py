@@ -10,7 +10,9 @@ import torch
 
 from dlpkit.kernels import runtime
 
-FILES = ["test_matmul.py", "test_pack_kernels.py", "test_cull.py", "test_sweep.py", "test_attend.py"]
+FILES = [
+    "test_matmul.py", "test_pack_kernels.py", "test_cull.py", "test_sweep.py", "test_attend.py", "test_tile.py",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("file", FILES)

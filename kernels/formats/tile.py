@@ -1,0 +1,201 @@
+"""Blocks of 64 rows and 256 columns whose nonzeros scatter into a dense tile of shared memory. For batches on Hopper GPUs.
+
+A row's nonzeros in a block are ordered by phase, k % 8, then by k: position c = (k % 8) * 32 + k // 8. The first half of them is walked
+up from c = 0 and the rest down from c = 255, by two **lanes**, which halves the longest walk at no cost in bytes. A slot is a value and its
+distance from the slot before it, 0 to 15; a longer jump passes through filler slots (distance 15, value 0). Slots that hold no weight
+have all value bits zero; a stored weight never has, so -0.0 survives.
+
+All 128 lanes of a block, and those of the other block of the same columns in 128 rows, take the same number of steps of 8 slots.
+Short lanes begin with padding (distance 0, value 0), whose zero the first weight at that place replaces; what does not fit long
+lanes, the weights in the middle of the run, are **extras**, each with its place. The steps are those that take the fewest bytes: a mask
+that keeps as many weights in every row of every block (`0.5@256`) has no padding and few extras, and any other mask fits.
+
+    lane    end * 64 + row % 2 * 32 + row // 2: a warp is 32 rows of one parity, whose 16-bit elements lie in 32 different banks
+    values  [block][step][lane][8], blocks row by row
+    gaps    [block][step][lane] int32, slot j in the four bits from 8 * (j % 4) + 4 * (j // 4): one product sums four distances
+    extras  [block][extra], and as long, places: that in the tile, k * 64 + (row // 8 ^ k % 8) * 8 + row % 8
+
+20 bits per slot, 32 per extra.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dlpkit.kernels.runtime import HAS_TRITON, use_triton
+from dlpkit.kernels.storage import BITS
+
+if HAS_TRITON:
+    from dlpkit.kernels import blocks, ops  # noqa: F401 (ops registers torch.ops.dlpkit)
+
+ROWS, COLUMNS = 64, 256  # of a block
+LANES = 2 * ROWS
+FAR = 15  # the largest distance between two slots
+STEP_BYTES, EXTRA_BYTES = 20 * LANES, 4  # with 16-bit values
+MOST = 32  # more steps than any block needs
+CHUNK = 2**22  # weights packed at a time
+
+
+@dataclass(frozen=True)
+class Tile:
+    values: torch.Tensor  # [starts[-1] * 128 * 8], dtype of the weight
+    gaps: torch.Tensor  # [starts[-1] * 128] int32
+    extras: torch.Tensor  # [extra_starts[-1]], dtype of the weight
+    places: torch.Tensor  # [extra_starts[-1]] int16
+    starts: torch.Tensor  # [blocks + 1] int32, steps before each block
+    extra_starts: torch.Tensor  # [blocks + 1] int32
+    arrived: torch.Tensor  # [ceil(N / 64)] int32, zeros with which the programs of a matmul count each other
+    N: int
+    K: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.N, self.K
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._fields()[:7])
+
+    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
+            want = f"x [..., {self.K}] of {self.values.dtype}"
+            raise ValueError(f"tile.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
+        if not self._kernels():
+            return torch.nn.functional.linear(x, unpack_ref(self), bias)
+        y = torch.ops.dlpkit.tile_matmul(x.reshape(-1, self.K), bias, *self._fields())
+        return y.view(*x.shape[:-1], self.N)
+
+    def dense(self) -> torch.Tensor:
+        return torch.ops.dlpkit.tile_dense(*self._fields()) if self._kernels() else unpack_ref(self)
+
+    def _kernels(self) -> bool:
+        return use_triton(self.values) and self.values.element_size() == 2
+
+    def _fields(self) -> tuple:
+        tensors = self.values, self.gaps, self.extras, self.places, self.starts, self.extra_starts, self.arrived
+        return *tensors, self.N, self.K
+
+
+def pack(weight: torch.Tensor) -> Tile:
+    """[N, K] of any float dtype -> Tile on the same device."""
+    if weight.ndim != 2:
+        raise ValueError(f"tile.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
+    weight = weight.detach().contiguous()
+    if not use_triton(weight) or not weight.numel():
+        return pack_ref(weight)
+    values, gaps, extras, *others = blocks.pack(weight.view(BITS[weight.element_size()]))
+    values, extras = values.view(weight.dtype), extras.view(weight.dtype)
+    return Tile(values, gaps, extras, *others, _arrived(weight), *weight.shape)
+
+
+def pack_ref(weight: torch.Tensor) -> Tile:
+    N, K = weight.shape
+    rows = max(1, CHUNK // max(1, K) // (2 * ROWS)) * 2 * ROWS
+    parts = [_pack_rows(part) for part in weight.split(rows)]
+    values, gaps, extras, places, steps, more = (torch.cat(t) for t in zip(*parts, strict=True))
+    return Tile(values, gaps, extras, places, _starts(steps), _starts(more), _arrived(weight), N, K)
+
+
+def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Some multiple of 128 rows, or the last -> values, gaps, extras, places, and steps and extras of each block."""
+    device, integer = weight.device, BITS[weight.element_size()]
+    ordered = _to_runs(weight)  # [runs, COLUMNS] by position; a run is a row of a block
+    across = -(-weight.shape[1] // COLUMNS)
+    blocks = len(ordered) // ROWS
+    run, at = (ordered.view(integer) != 0).nonzero(as_tuple=True)
+    held = torch.bincount(run, minlength=len(ordered))
+    first = (held.cumsum(0) - held)[run]
+    last = first + held[run] - 1
+    nth = torch.arange(run.numel(), device=device)
+    up = torch.where(nth == first, at, at - at.roll(1))  # distance to a weight from the one below it, or from 0
+    down = torch.where(nth == last, COLUMNS - 1 - at, at.roll(-1) - at)  # and from above
+    slots_up, slots_down = ((far + FAR - 1).clamp(min=FAR) // FAR for far in (up, down))  # fillers included
+    until = slots_up.cumsum(0)
+    until = until - until[first] + slots_up[first]  # slots of the run up to and with a weight
+    since = slots_down.flip(0).cumsum(0).flip(0)
+    since = since - since[last] + slots_down[last]
+    upward = until <= since
+    distance, count, nth = (torch.where(upward, a, b) for a, b in ((up, down), (slots_up, slots_down), (until, since)))
+
+    block, row = run // ROWS, run % ROWS
+    pair = block // across // 2 * across + block % across
+    needs = torch.bincount(pair * MOST + (nth + 7) // 8, minlength=-(-blocks // across // 2) * across * MOST).view(
+        -1, MOST
+    )
+    left_over = needs.flip(1).cumsum(1).flip(1) - needs  # [pairs, MOST] weights that need more steps
+    bytes = left_over * EXTRA_BYTES + torch.arange(MOST, device=device) * 2 * STEP_BYTES
+    steps = bytes.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:blocks]
+    starts = steps.cumsum(0) - steps
+
+    fits = nth <= 8 * steps[block]
+    place = (at % 32 * 8 + at // 32) * ROWS + ((row // 8) ^ (at // 32)) * 8 + row % 8
+    extras, places = ordered[run, at][~fits], place[~fits].to(torch.int16)
+    more = torch.bincount(block[~fits], minlength=blocks)
+
+    run, at, block, row, upward, distance, count, nth = (
+        t[fits] for t in (run, at, block, row, upward, distance, count, nth)
+    )
+    lane = torch.where(upward, 0, ROWS) + row % 2 * 32 + row // 2
+    longest = torch.zeros(2 * len(ordered), dtype=torch.int64, device=device)
+    side = 2 * run + upward
+    longest.scatter_reduce_(0, side, nth, "amax")
+    slot = 8 * steps[block] - longest[side] + nth - 1  # padding comes first
+    values = torch.zeros(int(steps.sum()) * LANES * 8, dtype=weight.dtype, device=device)
+    gaps = torch.zeros(int(steps.sum()) * LANES, dtype=torch.int32, device=device)
+    values[((starts[block] + slot // 8) * LANES + lane) * 8 + slot % 8] = ordered[run, at]
+    source = torch.repeat_interleave(count)  # of every slot, fillers included
+    fillers = count[source] - 1
+    n = torch.arange(source.numel(), device=device) - (count.cumsum(0) - count)[source]
+    gap = torch.where(n < fillers, FAR, distance[source] - FAR * fillers)
+    slot = slot[source] - fillers + n
+    word = (starts[block[source]] + slot // 8) * LANES + lane[source]
+    gaps.index_add_(0, word, (gap << (slot % 4 * 8 + slot % 8 // 4 * 4)).to(torch.int32))
+    return values, gaps, extras, places, steps, more
+
+
+def unpack_ref(packed: Tile) -> torch.Tensor:
+    N, K = packed.shape
+    device = packed.values.device
+    steps = packed.starts.diff().long()
+    T, blocks = int(steps.sum()), steps.numel()
+    block = torch.repeat_interleave(steps)  # [T] block of a step
+    slot = torch.arange(8, device=device)
+    gap = (packed.gaps.view(T, LANES, 1) >> (slot % 4 * 8 + slot // 4 * 4)) & FAR  # [T, LANES, 8]
+    walked = torch.nn.functional.pad(gap.sum(2).cumsum(0), (0, 0, 1, 0))  # [T + 1, LANES], all blocks in one walk
+    at = gap.cumsum(2) + (walked[:-1] - walked[packed.starts[:-1].long()][block])[:, :, None]
+    lane = torch.arange(LANES, device=device)[:, None]
+    at = torch.where(lane < ROWS, at, COLUMNS - 1 - at)
+    run = block[:, None, None] * ROWS + lane % 32 * 2 + lane % ROWS // 32
+    values = packed.values.view(T, LANES, 8)
+    holds = values.view(BITS[values.element_size()]) != 0
+    ordered = torch.zeros(blocks * ROWS, COLUMNS, dtype=values.dtype, device=device)
+    ordered[run.expand_as(at)[holds], at[holds]] = values[holds]
+
+    place = packed.places.long()
+    k = place // ROWS
+    row = (place // 8 % 8 ^ k % 8) * 8 + place % 8
+    block = torch.repeat_interleave(packed.extra_starts.diff().long())
+    ordered[block * ROWS + row, k % 8 * 32 + k // 8] = packed.extras
+    return _from_runs(ordered, N, K)
+
+
+def _arrived(weight: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(-(-weight.shape[0] // ROWS), dtype=torch.int32, device=weight.device)
+
+
+def _starts(counts: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _to_runs(weight: torch.Tensor) -> torch.Tensor:
+    """[N, K] -> [blocks * ROWS, COLUMNS] in the order in which rows are walked."""
+    N, K = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -K % COLUMNS, 0, -N % ROWS))
+    return (
+        padded.view(-(-N // ROWS), ROWS, -(-K // COLUMNS), COLUMNS // 8, 8).permute(0, 2, 1, 4, 3).reshape(-1, COLUMNS)
+    )
+
+
+def _from_runs(ordered: torch.Tensor, N: int, K: int) -> torch.Tensor:
+    runs = ordered.view(-(-N // ROWS), -(-K // COLUMNS), ROWS, 8, COLUMNS // 8).permute(0, 2, 1, 4, 3)
+    return runs.reshape(-(-N // ROWS) * ROWS, -(-K // COLUMNS) * COLUMNS)[:N, :K].contiguous()

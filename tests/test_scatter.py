@@ -1,0 +1,164 @@
+"""The Gluon kernels without a GPU: they compile for Hopper, and their inline PTX, run here lane by lane, rebuilds a dense tile."""
+
+import operator
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dlpkit.kernels import runtime
+from dlpkit.kernels.formats import tile
+
+if not runtime.HAS_GLUON or runtime.INTERPRET:
+    pytest.skip("wants the compiler of a Triton whose Gluon is known", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from dlpkit.kernels import batch, blocks, scatter, special, spread
+
+KINDS = dict.fromkeys(("values_ptr", "gaps_ptr", "starts_ptr", "extra_starts_ptr", "arrived_ptr"), "*i32")
+KINDS |= {"extras_ptr": "*i16", "places_ptr": "*i16", "parts_ptr": "*fp32"}
+
+
+def compiled(kernel, dtype, registers=None, **constants):
+    constants["DTYPE"] = dtype
+    kinds = {name: KINDS.get(name, f"*{dtype}") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    kinds |= dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    source = GluonASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
+    options = {"num_warps": 4} | ({"maxnreg": registers} if registers else {})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+
+
+def check_tiles_come_first(asm, size):
+    """The stores count from the start of shared memory: whatever else Triton put there lies behind the tiles."""
+    others = {int(offset) for offset in re.findall(r"@global_smem, i\d+ (\d+)", asm["llir"])}
+    assert not others or min(others) >= size
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("dtype", "M"), [(gl.bfloat16, 16), (gl.float16, 32)])
+def test_batch_compiles(dtype, M, split):
+    asm = compiled(batch._batch_kernel, dtype, batch.REGISTERS, M=M, BIAS=True, SPLIT=split)
+    assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
+    check_tiles_come_first(asm, 2**15)
+
+
+@pytest.mark.parametrize(("dtype", "M"), [(gl.bfloat16, 64), (gl.float16, 128)])
+def test_special_compiles(dtype, M):
+    options = {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS[M]}
+    asm = compiled(special.special_kernel, dtype, M=M, BIAS=False, SPLIT=True, **options)
+    assert "setmaxnreg" in asm["ptx"]
+    check_tiles_come_first(asm, 2**17)
+    # the most extras of two blocks: before the loop over units and in it, for both groups
+    assert len(re.findall(r"max\.s32", asm["ptx"])) >= 4
+
+
+def test_spread_compiles():
+    asm = compiled(spread._spread_kernel, gl.bfloat16, spread.REGISTERS)
+    check_tiles_come_first(asm, 2**15)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("kernel", "constants"), [(blocks._steps_kernel, {"RUNS": 8}), (blocks._fill_kernel, {"RUNS": 8}), (blocks._dense_kernel, {})]
+)  # fmt: skip
+def test_packing_compiles(kernel, constants, capability):
+    words = ("steps_ptr", "more_ptr", "gaps_ptr", "starts_ptr", "extra_starts_ptr")
+    kinds = {n: "*i32" if n in words else "*i16" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    source = ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm
+
+
+OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "cvt.u16.u32": lambda a: a & 0xFFFF,
+    "and.b32": operator.and_,
+    "or.b32": operator.or_,
+    "xor.b32": operator.xor,
+    "shl.b32": operator.lshift,
+    "shr.u32": operator.rshift,
+    "add.u32": operator.add,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "setp.gt.s32": lambda a, b: a.astype(np.int32) > b.astype(np.int32),
+}
+
+
+def run(ptx: str, operands: list, memory: np.ndarray):
+    """The straight-line PTX of scatter.py on arrays of lanes; `operands` are $0, $1, ..., and $0 is returned."""
+    names = {f"${i}": operand for i, operand in enumerate(operands)}
+
+    def value(text):
+        return names[text] if text in names else np.uint32(int(text, 0) & 0xFFFFFFFF)
+
+    for line in ptx.strip("{} \n").split(";"):
+        line = line.strip()
+        if not line or line.startswith(".reg"):
+            continue
+        there = np.ones(len(operands[1]), bool)
+        if line.startswith("@p "):
+            line, there = line[3:], names["p"]
+        op, rest = line.split(" ", 1)
+        to, *others = re.findall(r"\{[^}]*\}|\[\w+\]|[$\w-]+", rest)
+        a = [value(other) for other in others]
+        if op == "st.shared.b16":
+            at = names[to.strip("[]")][there]
+            memory[at], memory[at + 1] = a[0][there] & 0xFF, a[0][there] >> 8 & 0xFF
+        elif to.startswith("{"):
+            low, high = re.findall(r"\w+", to)
+            names[low], names[high] = a[0] & 0xFFFF, a[0] >> 16
+        elif op == "prmt.b32":
+            octets = [(word >> 8 * i) & 0xFF for word in a[:2] for i in range(4)]
+            picked = np.zeros_like(a[0])
+            for i in range(4):
+                select = int(a[2]) >> 4 * i & 15
+                octet = octets[select & 7]
+                picked |= (np.where(octet & 0x80, 0xFF, 0).astype(np.uint32) if select & 8 else octet) << np.uint32(
+                    8 * i
+                )
+            names[to] = picked
+        else:
+            names[to] = OPERATIONS[op](*a)
+    return names["$0"]
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_ptx_rebuilds_a_tile(density, half):
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.where(torch.rand(64, 256, generator=gen) < density, torch.randn(64, 256, generator=gen), 0.0)
+    packed = tile.pack_ref(weight.bfloat16())
+    bits = packed.values.view(torch.int16).numpy().view(np.uint32).reshape(-1, 128, 4)  # pairs of values
+    gaps = packed.gaps.numpy().view(np.uint32).reshape(-1, 128)
+    base, memory = 1024, np.zeros(2**17, np.uint8)
+
+    lane = np.arange(128, dtype=np.uint32)  # what walker() gives them
+    row = lane % 32 * 2 + lane % 64 // 32
+    up = lane < 64
+    direction = np.where(up, 0x01010101, 2**32 - 0x01010101).astype(np.uint32)
+    low = ((row // 8 * 16) | (row % 8 * 2)) * np.uint32(0x01010101)
+    high = np.full(128, 0x80808080 if half == 0 else 0, np.uint32)
+    middle = np.full(128, base + 2**15, np.uint32)
+    c = np.where(up, 0, 2**32 - 1).astype(np.uint32)
+    for values, word in zip(bits, gaps, strict=True):
+        c = run(scatter.STEP.value, [None, *values.T, word, c, direction, low, high, middle], memory)
+
+    extras, places = (
+        t.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) for t in (packed.extras, packed.places)
+    )
+    if len(extras):
+        left = np.full(len(extras), 129, np.uint32)
+        to = np.full(len(extras), base + half * 2**15, np.uint32)
+        run(scatter.PUT1.value, [None, extras, places, left, to], memory)
+
+    k, r = np.arange(256)[:, None], np.arange(64)[None, :]
+    at = base + half * 2**15 + k * 128 + ((r // 8) ^ (k % 8)) * 16 + r % 8 * 2
+    found = memory[at].astype(np.uint16) | memory[at + 1].astype(np.uint16) << 8
+    assert np.array_equal(found.T, weight.bfloat16().view(torch.int16).numpy().view(np.uint16))
+    memory[at], memory[at + 1] = 0, 0
+    assert not memory.any()

@@ -1,0 +1,94 @@
+"""The kernels of the tile format: packing against its reference, the product against float64, and what has to hold of the layout."""
+
+import pytest
+import torch
+from test_matmul import DEVICE, TOLERANCE, relative_error, sparse
+
+from dlpkit.kernels import runtime
+from dlpkit.kernels.formats import tile
+
+INTERPRETED = pytest.mark.skipif(
+    not (torch.cuda.is_available() or runtime.INTERPRET), reason="wants a GPU or Triton's interpreter"
+)
+WGMMA = pytest.mark.skipif(not runtime.use_wgmma(torch.device(DEVICE)), reason="wants a Hopper GPU and Gluon")
+
+
+def balanced(N, K, n, dtype=torch.bfloat16):
+    """[N, K] with n nonzeros in every row of every 256 columns."""
+    gen = torch.Generator().manual_seed(0)
+    keep = torch.rand(N, K // 256, 256, generator=gen).argsort(2).argsort(2) < n
+    return torch.where(keep.view(N, K), torch.randn(N, K, generator=gen) + 9, 0.0).to(dtype).to(DEVICE)
+
+
+def bits(t):
+    return t.view(torch.int16) if t.is_floating_point() else t
+
+
+@pytest.mark.parametrize(("n", "waste"), [(128, 1.01), (102, 1.05), (80, 1.02), (77, 1.05), (51, 1.1)])
+def test_balanced_masks_waste_little(n, waste):
+    weight = balanced(128, 1024, n)
+    assert tile.pack_ref(weight).nbytes < waste * 2.5 * int(weight.count_nonzero())
+
+
+@pytest.mark.parametrize(("sparsity", "waste"), [(0.5, 1.06), (0.6, 1.08), (0.7, 1.1), (0.8, 1.13)])
+def test_other_masks_fit_too(sparsity, waste):
+    weight = torch.where(
+        torch.rand(128, 2048, generator=torch.Generator().manual_seed(0)) < sparsity, 0.0, 1.0
+    ).bfloat16()
+    assert tile.pack_ref(weight).nbytes < waste * 2.5 * int(weight.count_nonzero())
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("N", "K", "pattern"), [(1, 1, "0.0"), (70, 300, "0.5"), (130, 513, "0.8"), (65, 256, "0.95")])
+def test_packing_equals_its_reference(N, K, pattern):
+    weight = sparse(N, K, pattern, torch.float16)
+    packed, want = tile.pack(weight), tile.pack_ref(weight)
+    for name in ("values", "gaps", "extras", "places", "starts", "extra_starts"):
+        assert torch.equal(bits(getattr(packed, name)), bits(getattr(want, name))), name
+    assert torch.equal(bits(packed.dense()), bits(weight))
+
+
+@INTERPRETED
+def test_where_wgmma_is_missing_the_product_is_right(monkeypatch):
+    monkeypatch.setattr("dlpkit.kernels.ops.use_wgmma", lambda device: False)
+    weight = sparse(65, 257, "0.5")
+    x = torch.randn(3, 257, dtype=weight.dtype, device=DEVICE)
+    assert relative_error(tile.pack(weight).matmul(x), x.double() @ weight.double().t()) < TOLERANCE[weight.dtype]
+
+
+@WGMMA
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("M", [1, 8, 17, 40, 128, 150, 300])
+@pytest.mark.parametrize(("N", "K"), [(64, 256), (200, 520), (1000, 1001), (4096, 1024)])
+def test_batches(N, K, M, dtype):
+    weight = sparse(N, K, "0.6", dtype)
+    packed = tile.pack(weight)
+    x, bias = (torch.randn(*shape, dtype=dtype, device=DEVICE) for shape in ((M, K), (N,)))
+    y = packed.matmul(x, bias)
+    assert relative_error(y, x.double() @ weight.double().t() + bias.double()) < TOLERANCE[dtype]
+    assert torch.equal(y, packed.matmul(x, bias))  # the same sum every time
+    assert not packed.arrived.any()
+
+
+@WGMMA
+@pytest.mark.parametrize("M", [4, 64])
+def test_strided_rows(M):
+    weight = balanced(256, 512, 128)
+    packed = tile.pack(weight)
+    wide = torch.randn(M, 700, dtype=weight.dtype, device=DEVICE)
+    for x in (wide[:, 3:515], wide[:, 8:520], wide.t()[:512, :M].t()):
+        assert torch.equal(packed.matmul(x), packed.matmul(x.contiguous()))
+
+
+@WGMMA
+@pytest.mark.parametrize("M", [16, 300])
+def test_graphs_and_compile(M):
+    weight = balanced(512, 1024, 77)
+    packed, x = tile.pack(weight), torch.randn(M, 1024, dtype=weight.dtype, device=DEVICE)
+    want = packed.matmul(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = packed.matmul(x)
+    graph.replay()
+    assert torch.equal(got, want)
+    assert torch.equal(torch.compile(packed.matmul, fullgraph=True)(x), want)
