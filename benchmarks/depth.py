@@ -1,7 +1,7 @@
 """What depth pruning costs, as rows of benchmarks/results/depth-<gpu>.jsonl: perplexity, search time, and tokens per second.
 
     python benchmarks/depth.py quality smollm2-135m --text c4.jsonl --eval-text wiki.test.raw --out rows.jsonl
-    python benchmarks/depth.py search smollm2-135m --text c4.jsonl --out rows.jsonl     # naive loop, trunk, lazy
+    python benchmarks/depth.py search smollm2-135m --text c4.jsonl --out rows.jsonl     # from the trunk, asking less, naive loop
     python benchmarks/depth.py shapes --out rows.jsonl                                   # random weights of Llama-2-7B and -3-8B
 
 Sliding merging reads its paper's ten windows of 128 tokens (--sliding), all others --nsamples windows of --seqlen.
@@ -29,6 +29,7 @@ METHODS = {
     "blockpruner": {}, "sleb": {}, "shortgpt": {}, "shortened": {"order": "ppl"}, "shortened taylor": {"order": "taylor"},
     **{f"sliding_merge {rule}": {"rule": rule} for rule in RULES},
 }  # fmt: skip
+HOW = {"trunk": {}, "lazy": {"lazy": True}, "early": {"early": 4.0}, "lazy early": {"lazy": True, "early": 4.0}}
 TARGETS = (0.1, 0.2, 0.3)
 LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip
 LLAMA_3_8B = {
@@ -84,30 +85,23 @@ def plans(args: argparse.Namespace, model, tokenizer) -> Iterator[dict]:
 
 
 def search(args: argparse.Namespace, out: "Rows") -> None:
-    """BlockPruner to a third of the blocks three ways: the whole model per candidate, from the trunk, and lazily."""
+    """BlockPruner to a third of the blocks: the whole model per candidate, from the trunk, and asking less."""
     device = default_device()
     model, tokenizer = models.load_dense(args.model, args.dtype).to(device), models.load_tokenizer(args.model)
     windows = data.calibration(tokenizer, args.text, args.nsamples, args.seqlen, args.seed)
-    count = 2 * model.config.num_hidden_layers // 3
-    sequences = {}
+    count = args.blocks or 2 * model.config.num_hidden_layers // 3
     for how in args.how:
-        start = time.perf_counter()
+        start, row = time.perf_counter(), {}
         if how == "naive":
             chosen, evaluations = naive(model, windows, count, args.batch_size)
-            tera = None
         else:
-            with tempfile.TemporaryDirectory() as folder:
-                journal = Journal(Path(folder) / "journal", {})
-                plan = structure.get("blockpruner").plan(model, [windows], count, lazy=how == "lazy", journal=journal)
-                asked = [journal.step(step) for step in range(count)]
-            chosen, evaluations, tera = plan.edits, plan.work.evaluations, plan.work.done * 2 / 1e12
-        seconds = time.perf_counter() - start
-        sequences[how] = told(chosen)
-        naive_tera = None if how == "naive" else plan.work.naive * 2 / 1e12
+            plan = structure.get("blockpruner").plan(model, [windows], count, **HOW[how])
+            chosen, evaluations = plan.edits, plan.work.evaluations
+            row = {"tflop": plan.work.done * 2 / 1e12, "naive_tflop": plan.work.naive * 2 / 1e12, "losses": plan.scores}
         out.write(
-            bench="depth-search", model=args.model, how=how, blocks=count, seconds=seconds, evaluations=evaluations, tflop=tera,
-            naive_tflop=naive_tera, removed=sequences[how], nsamples=args.nsamples, seqlen=args.seqlen, text=Path(args.text).name,
-            losses=None if how == "naive" else asked,
+            bench="depth-search", model=args.model, how=how, blocks=count, seconds=time.perf_counter() - start, evaluations=evaluations,
+            removed=told(chosen), nsamples=args.nsamples, seqlen=args.seqlen, text=Path(args.text).name,
+            dtype=str(model.dtype).removeprefix("torch."), **row,
         )  # fmt: skip
 
 
@@ -220,7 +214,8 @@ def main() -> None:
     )
     parser.add_argument("--eval-windows", type=int, help="at most so many")
     parser.add_argument("--eval-seqlen", type=int, default=2048)
-    parser.add_argument("--how", nargs="+", default=("trunk", "lazy", "naive"))
+    parser.add_argument("--how", nargs="+", choices=[*HOW, "naive"], default=[*HOW, "naive"])
+    parser.add_argument("--blocks", type=int, help="to remove; default a third of all")
     parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -64,10 +64,15 @@ class Trunk:
         self.there -= edit.takes
         self._refill(edit.first)
 
-    def losses(self, candidates: list[Candidate]) -> list[float]:
-        """Per candidate, the mean loss of the model with those edits made, in nats per predicted token, over all windows of all processes."""
-        total = torch.zeros(len(candidates), self.count, dtype=torch.float64)
-        for rows in self._rows(len(candidates)):
+    def losses(self, candidates: list[Candidate], begin: float = 0, end: float = 1) -> torch.Tensor:
+        """[C, windows] loss of the model with a candidate's edits made, in nats per predicted token, as float64 on the host.
+
+        Of the windows from one share of all to another, those of all processes: later shares follow on earlier ones.
+        """
+        total = torch.zeros(len(candidates) + 1, self.count, dtype=torch.float64)  # and a row that says which windows
+        count = len(self.windows)
+        for rows in self._rows(len(candidates), int(begin * count), int(end * count)):
+            total[-1, self.mine][rows] = 1
             for position, hidden in self._behind_blocks(candidates, rows):
                 self.work.done += hidden.shape[:2].numel() * self.head
                 for row in range(hidden.shape[0]):
@@ -75,7 +80,7 @@ class Trunk:
                     labels = self.windows[rows][row, 1:].to(logits.device)
                     total[position, self.mine][rows][row] = nn.functional.cross_entropy(logits, labels).item()
         parallel.add(total)
-        return total.mean(1).tolist()
+        return total[:-1, total[-1] > 0]
 
     def similarities(self, candidates: list[Candidate], original: torch.Tensor) -> list[float]:
         """Per candidate, the mean cosine between its last hidden states and `original` [W, T, hidden], a whole window as one vector."""
@@ -138,10 +143,10 @@ class Trunk:
                     hidden = self._through(layer, hidden)
                 self.front[layer + 1][rows] = hidden.to(self.front[0].device)
 
-    def _rows(self, candidates: int = 1) -> list[slice]:
-        """This process's windows in parts that, times `candidates`, are a batch."""
-        count, step = self.windows.shape[0], max(self.rows // candidates, 1)
-        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    def _rows(self, candidates: int = 1, begin: int = 0, end: int | None = None) -> list[slice]:
+        """This process's windows, or some of them, in parts that, times `candidates`, are a batch."""
+        end, step = len(self.windows) if end is None else end, max(self.rows // candidates, 1)
+        return [slice(start, min(start + step, end)) for start in range(begin, end, step)]
 
 
 def _takes(candidate: Candidate) -> set[Half]:

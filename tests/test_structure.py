@@ -18,6 +18,7 @@ from dlpkit.edits import Drop, Merge
 from dlpkit.evaluate import perplexity
 from dlpkit.journal import Journal
 from dlpkit.structure import _greedy, blockpruner, shortgpt, sleb, sliding_merge
+from dlpkit.trunk import Trunk
 
 WINDOWS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(2))
 BATCHES = list(WINDOWS.split(2))
@@ -74,7 +75,7 @@ def test_targets_out_of_reach(name, target, message):
 
 def test_options_are_checked_by_name():
     structure.check_options("blockpruner", {"mode": "attn", "lazy": True})
-    with pytest.raises(ValueError, match="blockpruner does not take speed: it takes lazy, mode"):
+    with pytest.raises(ValueError, match="blockpruner does not take speed: it takes early, lazy, mode"):
         structure.check_options("blockpruner", {"speed": 1})
     with pytest.raises(ValueError, match="shortgpt does not take journal: it takes no options"):
         structure.check_options("shortgpt", {"journal": 1})
@@ -126,9 +127,12 @@ class Additive:
     def __exit__(self, *error):
         Additive.last = self
 
-    def losses(self, candidates):
-        self.asked += len(candidates)
-        return [self._loss([*self.made, *candidate]) for candidate in candidates]
+    def losses(self, candidates, begin, end):
+        self.asked += len(candidates) * (end - begin)
+        noise = torch.randn(16, generator=torch.Generator().manual_seed(0))  # windows differ, all candidates alike
+        rows = torch.stack([self._loss([*self.made, *candidate]) + noise for candidate in candidates])
+        own = torch.randn(len(rows), 16, generator=torch.Generator().manual_seed(1)) / 100
+        return (rows + own - own.mean(1, keepdim=True))[:, int(16 * begin) : int(16 * end)].double()
 
     def _loss(self, chosen):
         alone = sum(self.alone[edit.layer, ("attn", "mlp").index(edit.part)] for edit in chosen)
@@ -141,15 +145,31 @@ class Additive:
         pass
 
 
-def test_lazy_asks_fewer_and_finds_the_same(monkeypatch):
+@pytest.mark.parametrize("how", [{"lazy": True}, {"early": 4.0}, {"lazy": True, "early": 4.0}], ids=str)
+def test_asking_less_finds_the_same(how, monkeypatch):
     monkeypatch.setattr(_greedy, "Trunk", Additive)
-    model = model_of()
-    found, asked = {}, {}
-    for lazy in (False, True):
-        found[lazy] = blockpruner.plan(model, BATCHES, 8, lazy=lazy).edits
-        asked[lazy] = Additive.last.asked
-    assert found[True] == found[False]
-    assert asked[True] < 0.75 * asked[False]
+    expected = blockpruner.plan(model_of(), BATCHES, 8).edits
+    every = Additive.last.asked
+    assert blockpruner.plan(model_of(), BATCHES, 8, **how).edits == expected
+    assert Additive.last.asked < 0.75 * every
+
+
+def test_losses_by_parts_are_those_of_all_windows():
+    with Trunk(model_of(), WINDOWS) as trunk:
+        tried = [(Drop(layer, "mlp"),) for layer in (1, 4)]
+        whole = trunk.losses(tried)
+        assert whole.shape == (2, 6)
+        parts = [trunk.losses(tried, begin, end) for begin, end in [(0, 1 / 4), (1 / 4, 1 / 2), (1 / 2, 1)]]
+    assert [part.shape[1] for part in parts] == [1, 2, 3]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)  # float32
+
+
+def test_early_keeps_all_until_an_error_can_be_told():
+    model = model_of()  # of six windows, one and three are too few to reject by
+    exhaustive, early = blockpruner.plan(model, BATCHES, 3), blockpruner.plan(model, BATCHES, 3, early=1e-9)
+    assert early.edits == exhaustive.edits
+    with pytest.raises(ValueError, match="early counts standard errors"):
+        blockpruner.plan(model, BATCHES, 3, early=-1)
 
 
 @pytest.mark.parametrize("name", ["blockpruner", "sleb", "sliding_merge"])

@@ -14,13 +14,20 @@ MODES = {"mix": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
 
 
 def plan(
-    model: nn.Module, batches: list[torch.Tensor], target: Target, mode: str = "mix", lazy: bool = False,
+    model: nn.Module, batches: list[torch.Tensor], target: Target, mode: str = "mix", lazy: bool = False, early: float = 0.0,
     journal: Journal | None = None, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
-    """mode: "mix", or "attn" or "mlp" alone. lazy: ask fewer candidates (structure/_greedy.py). An integer target counts halves of layers."""
+    """mode: "mix", or "attn" or "mlp" alone. lazy, early: ask fewer candidates, or ask them less (structure/_greedy.py). An integer target counts halves of layers."""
     if mode not in MODES:
         raise ValueError(f"blockpruner's mode is {', '.join(MODES)}, got {mode!r}")
     there = sorted(edits.present(model, archs.of(model)))
     return greedy(
-        model, batches, target, [Drop(*half) for half in there if half[1] in MODES[mode]], lazy, journal, progress
+        model,
+        batches,
+        target,
+        [Drop(*half) for half in there if half[1] in MODES[mode]],
+        lazy,
+        early,
+        journal,
+        progress,
     )

@@ -27,7 +27,7 @@ def plan(
         return cheapest(model, target, _taylor(model, windows(batches), progress), "sum of |weight * gradient|")
     layers = [Drop(layer, "layer") for layer in range(model.config.num_hidden_layers)]
     with Trunk(model, windows(batches)) as trunk:
-        losses = dict(zip(layers, trunk.losses([(edit,) for edit in layers]), strict=True))
+        losses = dict(zip(layers, trunk.losses([(edit,) for edit in layers]).mean(1).tolist(), strict=True))
     return cheapest(model, target, losses, "loss")
 
 

@@ -11,9 +11,9 @@ from dlpkit.structure._greedy import greedy
 
 
 def plan(
-    model: nn.Module, batches: list[torch.Tensor], target: Target, lazy: bool = False,
+    model: nn.Module, batches: list[torch.Tensor], target: Target, lazy: bool = False, early: float = 0.0,
     journal: Journal | None = None, progress: Progress = silent,
 ) -> Plan:  # fmt: skip
-    """lazy: ask fewer candidates (structure/_greedy.py). An integer target counts layers."""
+    """lazy, early: ask fewer candidates, or ask them less (structure/_greedy.py). An integer target counts layers."""
     inner = range(1, model.config.num_hidden_layers - 1)
-    return greedy(model, batches, target, [Drop(layer, "layer") for layer in inner], lazy, journal, progress)
+    return greedy(model, batches, target, [Drop(layer, "layer") for layer in inner], lazy, early, journal, progress)
