@@ -81,7 +81,7 @@ class Stream:
     @torch.no_grad()
     def behind(self, hidden: torch.Tensor, head: bool = True) -> torch.Tensor:
         """[B, T, hidden] behind the last block -> logits [B, T, vocabulary], or the last hidden state [B, T, hidden] without `head`."""
-        body = self.model if head else self.model.base_model
+        body = self.model if head else _body(self.model)
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.model.get_input_embeddings().weight.device)
         forwards = [self._stub(hidden)] + [self._stub(None)] * (len(self.blocks) - 1)
         with _stubbed(self.blocks, forwards):
@@ -209,9 +209,14 @@ def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor)
     return answer[0]
 
 
+def _body(model: nn.Module) -> nn.Module:
+    """The model without its head. In transformers 4, Gemma 3 does not name it, and GPT-NeoX does not know its decoder."""
+    return model.base_model if model.base_model is not model else model.get_decoder()
+
+
 def _run_body(model: nn.Module, batch: torch.Tensor) -> None:
     with torch.no_grad():
-        model.base_model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+        _body(model)(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
 
 
 def _keep(value: object, kept: dict, seen: dict, device: torch.device) -> object:
