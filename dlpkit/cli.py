@@ -132,6 +132,26 @@ def plan(
     print(f"{report.step_table(found)}\n\nwritten to {out}")
 
 
+@app.command("map")
+def map_(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The .svg or .png to write.")],
+    text: Annotated[str, typer.Option(help="Calibration text, as for prune.")] = "builtin",
+    nsamples: Annotated[int, typer.Option(help="Windows.")] = 32,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the windows.")] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows compared with one another, at least 4.")] = 16,
+    device: Device = None,
+):  # fmt: skip
+    """Draw how alike the outputs of any two layers are (CKA): patches on the diagonal are layers that may be merged."""
+    from dlpkit import console, pipeline, report
+
+    with console.progress() as progress:
+        found = pipeline.layer_map(model, text, nsamples, seqlen, seed, batch_size, device, progress)
+    report.plot_map(found, out)
+    print(f"written to {out}")
+
+
 @app.command()
 def pack(
     model: Model, out: Out,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TextStreamer
 
-from dlpkit import archs, checkpoint, cutting, data, evaluate, generation, models, parallel, recovery, report
+from dlpkit import archs, checkpoint, cka, cutting, data, evaluate, generation, models, parallel, recovery, report
 from dlpkit import structure as structures
 from dlpkit.folders import check_free, new_folder
 from dlpkit.generation import GREEDY, Sampling
@@ -158,6 +158,17 @@ def plan(
             out.with_name(f"{out.name}.new").replace(out)
             journal.remove()
     return result
+
+
+def layer_map(
+    model: str | Path, text: str = data.BUILTIN, nsamples: int = 32, seqlen: int = 256, seed: int = 0, batch_size: int = 16,
+    device: str | None = None, progress: Progress = silent,
+) -> list[list[float]]:  # fmt: skip
+    """CKA between the outputs of any two layers of a dense or packed model."""
+    models.check_length(model, seqlen)
+    windows = data.calibration(models.load_tokenizer(model), text, nsamples, seqlen, seed)
+    loaded = checkpoint.load(model, device=default_device(device))
+    return cka.similarity(loaded, list(windows.split(batch_size)), progress).tolist()
 
 
 def recover(

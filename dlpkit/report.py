@@ -80,12 +80,7 @@ def step_name(step: dict) -> str:
 
 def plot(structure: dict, path: str | Path) -> None:
     """Draw what a search measured over the share of parameters that is gone. Raises ValueError where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a plot wants matplotlib: pip install 'dlpkit[bench]'") from error
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(8, 4.5)
     axes.plot(
         [100 * step["share"] for step in structure["steps"]], [step["score"] for step in structure["steps"]], "o-"
     )
@@ -100,6 +95,23 @@ def plot(structure: dict, path: str | Path) -> None:
         )
     axes.set(xlabel="% of all parameters removed", ylabel=structure["metric"])
     figure.savefig(path)
+
+
+def plot_map(similarity: list[list[float]], path: str | Path) -> None:
+    """Draw how alike layers are, [layers, layers] values of at most 1. Raises ValueError where matplotlib is missing."""
+    figure, axes = _figure(6, 5)
+    figure.colorbar(axes.imshow(similarity, vmax=1, origin="lower"), label="CKA")
+    axes.set(xlabel="layer", ylabel="layer")
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float):
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a plot wants matplotlib: pip install 'dlpkit[bench]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def block_table(report: dict) -> str:

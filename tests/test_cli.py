@@ -122,6 +122,13 @@ def test_plan_and_follow_it(run, model_folder, tmp_path):
     assert "has no mlp" in run("inspect", tmp_path / "out").out
 
 
+def test_map_draws(run, model_folder, tmp_path):
+    found = run("map", model_folder, tmp_path / "map.svg", "--nsamples", 8, "--seqlen", 32, "--batch-size", 4)
+    assert found.code == 0, found.err
+    assert (tmp_path / "map.svg").read_text().startswith("<?xml")
+    assert run("map", model_folder, tmp_path / "no.svg", "--seqlen", 32, "--batch-size", 2).code == 2
+
+
 def test_doctor_says_what_will_run(run):
     found = run("doctor")
     assert found.code == 0
