@@ -13,7 +13,7 @@ from dlpkit import archs, units
 from dlpkit.calibration import Stats, Stream
 from dlpkit.edits import Half, Slice, present
 from dlpkit.progress import Progress
-from dlpkit.structure import Plan, Target, check_target, windows
+from dlpkit.structure import Plan, Target, check_target
 
 TIE = 1e-9  # what a place among the units of all halves counts beside one in its own: less than between two of a million channels
 MULTIPLE = 8  # MLPs keep a multiple of so many channels, which kernels want
@@ -103,16 +103,14 @@ def choose(model: nn.Module, ranks: dict[Half, torch.Tensor], target: Target, he
 def inputs(model: nn.Module, batches: list[torch.Tensor], needs: set[str], progress: Progress) -> dict[Half, Stats]:
     """What the Linear that closes each half is given: one value of it belongs to each channel, head_dim of them to each head."""
     arch, found = archs.of(model), {}
-    stream = Stream(model, arch, list(windows(batches).split(1)), model.get_input_embeddings().weight.device)
+    stream = Stream(model, arch, list(batches), model.get_input_embeddings().weight.device)
     for layer in range(len(stream.blocks)):
-        stats = stream.stats(layer, needs)
+        stats = stream.stats(layer, needs, advance=True)
         found |= {
             (layer, part): stats[name]
             for part, name in (("attn", arch.attn_out), ("mlp", arch.mlp_out))
             if name in stats
         }
-        if layer + 1 < len(stream.blocks):
-            stream.advance(layer)
         progress("measure", layer + 1, len(stream.blocks))
     return found
 
