@@ -144,7 +144,7 @@ def apply(model: nn.Module, edits: list[Edit]) -> None:
     """
     arch = archs.of(model)
     left = check(present(model, arch), cache_types(model), edits)
-    _check_units(archs.blocks(model, arch), arch, edits)
+    _check_sizes(archs.blocks(model, arch), arch, edits)
     for edit in edits:
         APPLY[type(edit)](archs.blocks(model, arch), arch, edit)
     _renumber(model, arch, sorted({layer for layer, _ in left}))
@@ -152,7 +152,7 @@ def apply(model: nn.Module, edits: list[Edit]) -> None:
 
 @contextmanager
 def trial(model: nn.Module, edits: list[Edit]) -> Iterator[nn.Module]:
-    """The model with `edits` applied while the block runs, and exactly as it was after. Only "sum" and "average" make new weights."""
+    """The model with `edits` applied while the block runs, and exactly as it was after. Only slices, "sum" and "average" make new weights."""
     arch = archs.of(model)
     config = dict(model.config.__dict__)
     with _restored([model.get_submodule(arch.blocks.rpartition(".")[0]), *archs.blocks(model, arch)]):
@@ -301,13 +301,29 @@ def check(there: set[Half], types: list[str], edits: list[Edit]) -> set[Half]:
     return left
 
 
-def _check_units(blocks: nn.ModuleList, arch: Arch, edits: list[Edit]) -> None:
+def _check_sizes(blocks: nn.ModuleList, arch: Arch, edits: list[Edit]) -> None:
+    """Raise ValueError for a slice of more units than there are or of packed weights, and for a merge of layers of different sizes."""
     for edit in edits:
         if isinstance(edit, Slice):
-            held = units.count(blocks[edit.layer], arch, edit.part)
+            block = blocks[edit.layer]
+            held = units.count(block, arch, edit.part)
             if edit.units[-1] >= held:
                 raise ValueError(
                     f"{edit} does not fit the model, whose {edit.part} in layer {edit.layer} has {held} units"
+                )
+            if any(
+                block.get_submodule(member.name).weight.ndim != 2 for member in units.members(block, arch, edit.part)
+            ):
+                raise ValueError(f"{edit} wants dense weights: unpack the model first, with `dlpkit pack --to dense`")
+        elif isinstance(edit, Merge):
+            merged = blocks[edit.low : edit.high + 1]
+            sizes = [
+                [(linear.out_features, linear.in_features) for linear in archs.linears(b, arch).values()]
+                for b in merged
+            ]
+            if any(size != sizes[0] for size in sizes):
+                raise ValueError(
+                    f"{edit} does not fit the model, whose layers {edit.low} to {edit.high} differ in size"
                 )
 
 

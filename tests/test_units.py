@@ -163,6 +163,16 @@ def test_slices_that_do_not_fit_are_refused(wrong, message):
     assert {name: p.shape for name, p in model.named_parameters()} == before
 
 
+def test_packed_weights_are_not_sliced_and_unlike_layers_not_merged():
+    with pytest.raises(ValueError, match="wants dense weights: unpack the model first"):
+        edits.apply(checkpoint.pack(tiny_model(), "sell"), [Slice(0, "mlp", 8)])
+    model = tiny_model()
+    edits.apply(model, [Slice(1, "mlp", 8)])
+    for rule in edits.RULES:
+        with pytest.raises(ValueError, match="whose layers 0 to 1 differ in size"):
+            edits.apply(model, [Merge(0, 1, rule)])
+
+
 @pytest.mark.parametrize("keep", [(), 0, (2, 1), (1, 1), (-1,), True])
 def test_slices_that_make_no_sense_are_refused(keep):
     with pytest.raises(ValueError, match=r"Slice keeps|whole numbers"):
