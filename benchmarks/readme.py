@@ -131,13 +131,21 @@ def width() -> str:
     return widths("width-h100.jsonl")
 
 
+def width_cpu() -> str:
+    return widths("width-cpu.jsonl")
+
+
 def width_options() -> str:
     return widths("width-options-cpu.jsonl")
 
 
 def widths(file: str) -> str:
-    """What width pruning leaves, by method and share of parameters removed: held-out loss, perplexity, and that after recovery, where measured."""
+    """What width pruning leaves, by method and share of parameters removed: held-out loss, perplexity, and that after recovery, where measured.
+
+    Of rows from several amounts of calibration text, those with the last row's.
+    """
     found = [row for row in rows(file) if row["bench"] == "width"]
+    found = [row for row in found if row["text_tokens"] == found[-1]["text_tokens"]]
     shown = {"held_out_loss": "C4 loss", "perplexity": "perplexity", "perplexity_recovered": "recovered"}
     columns = [
         (target, key)
@@ -164,6 +172,8 @@ def widths(file: str) -> str:
     dense = f"dense C4 loss {first['dense_held_out_loss']:.3f}"
     if "dense_perplexity" in first:
         dense += f", perplexity {first['dense_perplexity']:.2f}"
+    if first.get("eval_windows"):
+        dense += f" on the first {first['eval_windows']} windows"
     where = "a CPU" if first["gpu"] == "none" else first["gpu"]
     return (
         f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['nsamples']} windows of {first['seqlen']} tokens, {dense}; {where}, "
@@ -212,6 +222,7 @@ TABLES = {
     "quality": quality,
     "recovery": recovery,
     "width": width,
+    "width_cpu": width_cpu,
     "width_options": width_options,
     "sizes": sizes,
     "kernels": kernels,
