@@ -283,12 +283,24 @@ def inspect(
 
 
 @app.command()
-def doctor():
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="A packed folder: also say which kernel each of its Linears runs.")] = None,
+    device: Device = None, runtime: Runtime = "auto",
+):  # fmt: skip
     """Versions, device, and which kernels packed weights would run here, with the reason."""
-    from dlpkit import inspection
+    from dlpkit import checkpoint, inspection, report
+    from dlpkit.kernels.runtime import default_device
 
     for key, value in inspection.doctor().items():
         print(f"{key}: {value}")
+    if model:
+        found = inspection.kernels(checkpoint.load(model, runtime, default_device(device)))
+        rows = [
+            (f["linears"], f["count"], "{} x {}".format(*f["shape"]), f["format"], *f["kernels"].values())
+            for f in found
+        ]
+        header = ("Linears", "count", "weight", "format", *(f"rows of x: {M}" for M in inspection.ROWS_OF_X))
+        print(report.table(rows, header))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

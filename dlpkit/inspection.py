@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from dlpkit import report
 from dlpkit.checkpoint import METHOD
 from dlpkit.kernels import dispatch, formats
 from dlpkit.kernels.runtime import default_device
+from dlpkit.packing import sparse_linears
+
+ROWS_OF_X = (1, 8, 64, 512)  # a token of so many sequences, or a prompt of so many tokens
 
 
 def inspect(folder: str | Path) -> dict:
@@ -55,6 +59,24 @@ def doctor() -> dict:
         "because": reason,
         "formats": ", ".join(formats.names()),
     }
+
+
+def kernels(model: nn.Module) -> list[dict]:
+    """Which kernel each kind of packed Linear of a loaded model runs for how many rows of x, as the dispatcher has it.
+
+    Linears of one path within their blocks, one shape and one format are a kind. A fused Linear is the whole weight it shares.
+    """
+    found: dict[tuple, dict] = {}
+    for name, sparse in sparse_linears(model).items():
+        N, K = sparse.packed_shape
+        kind = re.sub(r"\.\d+\.", ".*.", name), sparse.format, N, K
+        entry = found.setdefault(kind, {"linears": kind[0], "format": sparse.format, "shape": [N, K], "count": 0})
+        entry["count"] += 1
+        if "kernels" not in entry:
+            density = sparse.nnz() / math.prod(sparse.shape)
+            where = density, sparse.weight.device, sparse.weight.dtype
+            entry["kernels"] = {M: dispatch.path(sparse.format, N, K, M, *where)[0] for M in ROWS_OF_X}
+    return list(found.values())
 
 
 def _header(file: Path) -> dict[str, tuple[list[int], str]]:

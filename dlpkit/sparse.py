@@ -52,6 +52,11 @@ class SparseLinear(nn.Linear):
         return self.out_features, self.in_features
 
     @property
+    def packed_shape(self) -> tuple[int, int]:
+        """Of the weight that is multiplied by."""
+        return self.shape
+
+    @property
     def packed(self) -> Packed:
         """The runtime value, made of this module's tensors."""
         fields = {
@@ -125,6 +130,10 @@ class FusedLinear(SparseLinear):
         leader.register_buffer("stacked_bias", torch.cat(biases) if has_bias else None, persistent=False)
         leader.members, leader.waiting, leader.seen, leader.result = len(members), 0, None, None
         return members
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        return self.leaders[0].packed.shape
 
     def dense(self) -> torch.Tensor:
         return self.leaders[0].packed.dense()[self.rows].contiguous()

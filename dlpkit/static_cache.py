@@ -66,8 +66,8 @@ AttentionInterface.register("dlpkit_decode", attention)
 def compiled(model: PreTrainedModel, cache: Cache) -> Iterator[Callable]:
     """While it is open, every block runs compiled, and the modules around them -> what compiles a function like them.
 
-    One compilation serves all blocks of a kind. For that a block gets its own layer of the cache in place of the whole: transformers' blocks only ever call its update. Attention
-    that torch's scaled_dot_product_attention would do is done by `attend`.
+    One compilation serves all blocks of a kind. For that a block gets its own layer of the cache in place of the whole: transformers'
+    blocks only ever call its update. Attention that torch's scaled_dot_product_attention would do is done by `attend`.
     """
     arch = archs.of(model)
     blocks = archs.blocks(model, arch)

@@ -158,6 +158,19 @@ def test_packed_models_go_through_the_same_loop(format, tokens, device):
     assert torch.equal(generate(dlpkit.pack(model, format), tokens[:2, :9], tokens=NEW), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
+@pytest.mark.parametrize("kind", archs.names())
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_graph_is_the_eager_loop(kind, compile, tokens):
+    model, ids = tiny_model(kind).cuda(), tokens[:2, :9]
+    decoder = Decoder(model, 2, 64, compile=compile)
+    expected = torch.stack(list(Decoder(model, 2, 64, graph=False).stream(ids, tokens=NEW)), 1)
+    for _ in range(2):
+        assert torch.equal(torch.stack(list(decoder.stream(ids, tokens=NEW)), 1), expected)
+    assert decoder.how == ("CUDA graph, blocks compiled" if compile else "CUDA graph")
+    assert decoder.reason is None
+
+
 def test_eager_says_why(tokens, monkeypatch):
     decoder = Decoder(tiny_model(), 1, 32)
     list(decoder.stream(tokens[:1, :4], tokens=2))
