@@ -40,7 +40,7 @@ def main() -> None:
     about |= environment(args.commit)
     dense: dict[tuple, tuple[dict, torch.Tensor]] = {}
     args.rows.parent.mkdir(parents=True, exist_ok=True)
-    for pattern, model in variants(args.model, args.patterns):
+    for pattern, model in variants(args.model, args.patterns, args.format):
         for prompt, batch in itertools.product(args.prompts, args.batches):
             torch._dynamo.reset()
             try:
@@ -54,7 +54,9 @@ def main() -> None:
                 baseline, expected = dense[batch, prompt]
                 row["speedup"] = round(baseline["ms_per_token"] / row["ms_per_token"], 3)
                 row["ttft_of_dense"] = round(row["ttft_ms"] / baseline["ttft_ms"], 3)
-                if pattern in ("dense", "packed"):  # the same weights: tokens before the first that differs in any row
+                if pattern.startswith(
+                    ("dense", "packed")
+                ):  # the same weights: tokens before the first that differs in any row
                     row["equal_tokens"] = int((made == expected).all(0).long().cumprod(0).sum())
             row["roof_pct"] = round(100 * row["gbps"] / roof, 1)
             with args.rows.open("a") as file:
@@ -69,14 +71,17 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def variants(name: str, patterns: list[str]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """("dense", model) and the packed ones, each made when its turn has come."""
+def variants(name: str, patterns: list[str], format: str) -> Iterator[tuple[str, torch.nn.Module]]:
+    """("dense", model) and the packed ones, each made when its turn has come; a format that was asked for is part of the name."""
+    suffix = "" if format == "auto" else f" {format}"
     if name in random_model.CONFIGS:
-        for pattern in ("dense", *patterns):
-            yield pattern, random_model.build(random_model.CONFIGS[name], None if pattern == "dense" else pattern)
+        config = random_model.CONFIGS[name]
+        yield "dense", random_model.build(config)
+        for pattern in patterns:
+            yield pattern + suffix, random_model.build(config, pattern, format)
     else:
         yield "dense", dlpkit.unpack(dlpkit.load(name, device="cuda"))
-        yield "packed", dlpkit.load(name, device="cuda")
+        yield "packed" + suffix, dlpkit.load(name, format, device="cuda")
 
 
 def measure(model: torch.nn.Module, batch: int, prompt: int, tokens: int, compile: bool) -> tuple[dict, torch.Tensor]:
@@ -128,6 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--patterns", nargs="*", default=PATTERNS, help="sparsities of a random model beside the dense one"
     )
+    parser.add_argument("--format", default="auto", help="of packed weights; tile is for batches")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--prompts", nargs="+", type=int, default=PROMPTS)
     parser.add_argument("--tokens", type=int, default=256, help="new tokens")

@@ -33,8 +33,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def build(config: PretrainedConfig, pattern: str | None = None, device: torch.device | str = "cuda") -> PreTrainedModel:
-    """A causal LM in bfloat16 whose blocks have `pattern`, packed as the dispatcher picks; dense and not packed without one."""
+def build(
+    config: PretrainedConfig, pattern: str | None = None, format: str = "auto", device: torch.device | str = "cuda"
+) -> PreTrainedModel:
+    """A causal LM in bfloat16 whose blocks have `pattern`, packed in a format or as the dispatcher picks; without one, dense."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     arch = archs.of(model)
@@ -45,7 +47,7 @@ def build(config: PretrainedConfig, pattern: str | None = None, device: torch.de
             linear.weight = nn.Parameter(weight.mul_(STD), requires_grad=False)
         _fill(block, device)
         if pattern:
-            pack_block(model, arch, index)
+            pack_block(model, arch, index, format)
     _fill(model, device)
     model.tie_weights()
     return model.to(device)
