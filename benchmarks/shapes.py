@@ -12,19 +12,22 @@ UNSTRUCTURED = ("0.5", "0.6", "0.7", "0.8")
 
 
 def sparse(shape, pattern: str, masks: str | None = None, seed: int = 0, device="cuda", dtype=torch.bfloat16):
-    """A normal weight pruned at random, per row to exactly equal counts ("0.6") or N:M ("2:4"); or as the file of masks.py has it."""
+    """A normal weight pruned at random, per row or per row and block of columns to equal counts ("0.6", "0.6@256"), or N:M ("2:4");
+    or as the file of masks.py has it.
+    """
     N, K = shape
     gen = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(N, K, generator=gen, device=device)
     if masks:
-        return (weight * tiled(masks, pattern, shape).to(device)).to(dtype)
+        return torch.where(tiled(masks, pattern, shape).to(device), weight, 0.0).to(dtype)
     score = torch.rand(N, K, generator=gen, device=device)
     if ":" in pattern:
         n, m = map(int, pattern.split(":"))
         drop = score.view(N, K // m, m).topk(m - n, largest=False).indices
         return weight.view(N, K // m, m).scatter_(2, drop, 0.0).view(N, K).to(dtype)
-    drop = score.topk(K - round(K * (1 - float(pattern))), largest=False).indices
-    return weight.scatter_(1, drop, 0.0).to(dtype)
+    block = int(pattern.partition("@")[2] or K)
+    drop = score.view(N, -1, block).topk(block - round(block * density(pattern)), largest=False).indices
+    return weight.view(N, -1, block).scatter_(2, drop, 0.0).view(N, K).to(dtype)
 
 
 def tiled(path: str, pattern: str, shape: tuple[int, int]) -> torch.Tensor:
@@ -42,4 +45,4 @@ def density(pattern: str) -> float:
     if ":" in pattern:
         n, m = map(int, pattern.split(":"))
         return n / m
-    return 1 - float(pattern)
+    return 1 - float(pattern.partition("@")[0])

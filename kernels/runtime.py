@@ -13,6 +13,7 @@ HAS_GLUON = HAS_TRITON and importlib.metadata.version("triton").startswith(tuple
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton reads it too, when a kernel is defined
 
 
+@functools.cache
 def use_wgmma(device: torch.device) -> bool:
     """Whether the kernels for Hopper's tensor cores run: written in Gluon, for that GPU alone."""
     return device.type == "cuda" and HAS_GLUON and torch.cuda.get_device_capability(device) == (9, 0)

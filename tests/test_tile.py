@@ -59,7 +59,7 @@ def test_where_wgmma_is_missing_the_product_is_right(monkeypatch):
 @WGMMA
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("M", [1, 8, 17, 40, 128, 150, 300])
-@pytest.mark.parametrize(("N", "K"), [(64, 256), (200, 520), (1000, 1001), (4096, 1024)])
+@pytest.mark.parametrize(("N", "K"), [(1, 8), (64, 256), (200, 520), (1000, 1001), (4096, 1024)])
 def test_batches(N, K, M, dtype):
     weight = sparse(N, K, "0.6", dtype)
     packed = tile.pack(weight)
@@ -71,13 +71,27 @@ def test_batches(N, K, M, dtype):
 
 
 @WGMMA
+@pytest.mark.parametrize("M", [16, 64, 300])
+def test_more_extras_than_are_read_ahead(M):
+    """A few rows are dense from column 512 on: later blocks have more extras than the first."""
+    weight = sparse(256, 2048, "0.99")
+    weight[::8, 512:] = torch.randn(32, 1536, device=DEVICE).to(weight.dtype)
+    packed = tile.pack(weight)
+    more = packed.extra_starts.diff().view(4, 8)
+    assert more[:, 2:].max() > 512 > more[:, :2].max()
+    x = torch.randn(M, 2048, dtype=weight.dtype, device=DEVICE)
+    assert relative_error(packed.matmul(x), x.double() @ weight.double().t()) < TOLERANCE[weight.dtype]
+
+
+@WGMMA
 @pytest.mark.parametrize("M", [4, 64])
 def test_strided_rows(M):
     weight = balanced(256, 512, 128)
     packed = tile.pack(weight)
     wide = torch.randn(M, 700, dtype=weight.dtype, device=DEVICE)
-    for x in (wide[:, 3:515], wide[:, 8:520], wide.t()[:512, :M].t()):
-        assert torch.equal(packed.matmul(x), packed.matmul(x.contiguous()))
+    shifted = torch.randn(M * 512 + 1, dtype=weight.dtype, device=DEVICE)[1:].view(M, 512)  # contiguous, not aligned
+    for x in (wide[:, 3:515], wide[:, 8:520], torch.randn(512, M, dtype=weight.dtype, device=DEVICE).t(), shifted):
+        assert torch.equal(packed.matmul(x), packed.matmul(x.clone(memory_format=torch.contiguous_format)))
 
 
 @WGMMA

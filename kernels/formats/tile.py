@@ -15,7 +15,8 @@ that keeps as many weights in every row of every block (`0.5@256`) has no paddin
     gaps    [block][step][lane] int32, slot j in the four bits from 8 * (j % 4) + 4 * (j // 4): one product sums four distances
     extras  [block][extra], and as long, places: that in the tile, k * 64 + (row // 8 ^ k % 8) * 8 + row % 8
 
-20 bits per slot, 32 per extra.
+20 bits per slot, 32 per extra. One product with a weight at a time: the programs of a launch count each other in `arrived`, so two
+streams must not multiply by the same Tile at once.
 """
 
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device, integer = weight.device, BITS[weight.element_size()]
     ordered = _to_runs(weight)  # [runs, COLUMNS] by position; a run is a row of a block
     across = -(-weight.shape[1] // COLUMNS)
-    blocks = len(ordered) // ROWS
+    total = len(ordered) // ROWS
     run, at = (ordered.view(integer) != 0).nonzero(as_tuple=True)
     held = torch.bincount(run, minlength=len(ordered))
     first = (held.cumsum(0) - held)[run]
@@ -119,18 +120,18 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
     block, row = run // ROWS, run % ROWS
     pair = block // across // 2 * across + block % across
-    needs = torch.bincount(pair * MOST + (nth + 7) // 8, minlength=-(-blocks // across // 2) * across * MOST).view(
+    needs = torch.bincount(pair * MOST + (nth + 7) // 8, minlength=-(-total // across // 2) * across * MOST).view(
         -1, MOST
     )
     left_over = needs.flip(1).cumsum(1).flip(1) - needs  # [pairs, MOST] weights that need more steps
     bytes = left_over * EXTRA_BYTES + torch.arange(MOST, device=device) * 2 * STEP_BYTES
-    steps = bytes.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:blocks]
+    steps = bytes.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:total]
     starts = steps.cumsum(0) - steps
 
     fits = nth <= 8 * steps[block]
     place = (at % 32 * 8 + at // 32) * ROWS + ((row // 8) ^ (at // 32)) * 8 + row % 8
     extras, places = ordered[run, at][~fits], place[~fits].to(torch.int16)
-    more = torch.bincount(block[~fits], minlength=blocks)
+    more = torch.bincount(block[~fits], minlength=total)
 
     run, at, block, row, upward, distance, count, nth = (
         t[fits] for t in (run, at, block, row, upward, distance, count, nth)
@@ -157,7 +158,7 @@ def unpack_ref(packed: Tile) -> torch.Tensor:
     N, K = packed.shape
     device = packed.values.device
     steps = packed.starts.diff().long()
-    T, blocks = int(steps.sum()), steps.numel()
+    T = int(steps.sum())
     block = torch.repeat_interleave(steps)  # [T] block of a step
     slot = torch.arange(8, device=device)
     gap = (packed.gaps.view(T, LANES, 1) >> (slot % 4 * 8 + slot // 4 * 4)) & FAR  # [T, LANES, 8]
@@ -168,7 +169,7 @@ def unpack_ref(packed: Tile) -> torch.Tensor:
     run = block[:, None, None] * ROWS + lane % 32 * 2 + lane % ROWS // 32
     values = packed.values.view(T, LANES, 8)
     holds = values.view(BITS[values.element_size()]) != 0
-    ordered = torch.zeros(blocks * ROWS, COLUMNS, dtype=values.dtype, device=device)
+    ordered = torch.zeros(steps.numel() * ROWS, COLUMNS, dtype=values.dtype, device=device)
     ordered[run.expand_as(at)[holds], at[holds]] = values[holds]
 
     place = packed.places.long()
