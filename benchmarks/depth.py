@@ -141,7 +141,7 @@ def shapes(args: argparse.Namespace, out: "Rows") -> None:
     model = random_model(LLAMA_3_8B)
     some = {
         "dense": [], "25 % of layers": [Drop(layer, "layer") for layer in range(22, 30)],
-        "25 % of parameters, attention first": [Drop(i, "attn") for i in range(0, 32, 2)] + [Drop(i, "mlp") for i in range(1, 32, 3)],
+        "16 attentions, 11 MLPs": [Drop(i, "attn") for i in range(0, 32, 2)] + [Drop(i, "mlp") for i in range(1, 32, 3)],
     }  # fmt: skip
     budget, full = structure.Budget(model), cache_bytes(model)
     for name, chosen in some.items():

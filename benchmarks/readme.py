@@ -214,6 +214,73 @@ def _measured_on(found: dict) -> str:
     return f"{first['gpu']}, {first['dtype']}, torch {first['torch']}, Triton {first['triton']}, transformers {first['transformers']}, commit {commits}."
 
 
+def depth() -> str:
+    """Perplexity of depth-pruned models by method and share of parameters removed, on each text that was measured."""
+    return "\n\n".join(depth_table(file) for file in ("depth-h100.jsonl", "depth-cpu.jsonl") if rows(file))
+
+
+def depth_table(file: str) -> str:
+    found = [row for row in rows(file) if row["bench"] == "depth-quality"]
+    by = {(row["method"], row["target"]): row["perplexity"] for row in found}
+    methods, targets = dict.fromkeys(row["method"] for row in found), sorted({row["target"] for row in found})
+    lines = [
+        (method, *(number(by[method, target]) if (method, target) in by else "" for target in targets))
+        for method in methods
+    ]
+    first = found[0]
+    text = f"{first['eval_windows'] or 'all'} windows of {first['eval_seqlen']} tokens of WikiText-2"
+    machine = "CPU" if first["gpu"] == "none" else first["gpu"]
+    header = ("method", *(f"{target:.0%} removed" for target in targets))
+    return f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {text}, dense {first['dense_perplexity']:.2f}; {machine}, torch {first['torch']}, commit {first['commit']}."
+
+
+def search() -> str:
+    """What BlockPruner's search cost, against running the whole model for every candidate."""
+    lines = []
+    for row in [*rows("depth-h100.jsonl"), *rows("depth-cpu.jsonl")]:
+        if row["bench"] in ("depth-search", "depth-7b"):
+            machine = "CPU" if row["gpu"] == "none" else row["gpu"].split()[1]
+            model = row.get("shapes", row.get("model"))
+            how = row.get("how") or ("lazy" if row["lazy"] else "trunk")
+            each = row.get("seconds_per_block")
+            seconds = f"{sum(each) / len(each):.1f} s a block" if each else f"{row['seconds']:.0f} s"
+            text = f"{row['nsamples']} x {row['seqlen']}"
+            saved = f"{row['naive_tflop'] / row['tflop']:.1f} x fewer"
+            lines.append(
+                (
+                    model,
+                    how,
+                    row.get("blocks", len(each or ())),
+                    text,
+                    row["evaluations"],
+                    f"{row['tflop']:.0f}",
+                    saved,
+                    seconds,
+                    machine,
+                )
+            )
+    header = ("model", "how", "blocks", "tokens", "candidates asked", "TFLOP", "than naive", "time", "on")
+    return table(lines, header)
+
+
+def shorter() -> str:
+    """Tokens per second and bytes of cache of Llama-3-8B shapes before and after depth pruning."""
+    found = [row for row in rows("depth-h100.jsonl") if row["bench"] == "depth-tokens"]
+    lines = [
+        (
+            row["what"],
+            f"{row['share']:.1%}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_second'] / found[0]['tokens_per_second']:.2f}",
+            f"{row['kv_bytes_per_token'] / 1024:.0f} KiB",
+        )
+        for row in found
+    ]
+    header = ("removed", "of all parameters", "tokens/s", "speed-up", "cache per token")
+    first = found[0]
+    return f"{table(lines, header)}\n\n{first['shapes']} shapes, random weights, one sequence; {first['gpu']}, torch {first['torch']}, commit {first['commit']}."
+
+
 def share(size: int | None, dense: int) -> str:
     return "" if size is None else f"{size / 1e6:.1f} MB, {size / dense:.1%}"
 
@@ -223,6 +290,9 @@ TABLES = {
     "recovery": recovery,
     "width": width,
     "width_cpu": width_cpu,
+    "depth": depth,
+    "search": search,
+    "shorter": shorter,
     "width_options": width_options,
     "sizes": sizes,
     "kernels": kernels,
