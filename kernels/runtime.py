@@ -1,7 +1,7 @@
 """What runs here: Triton on a GPU, Triton's interpreter, or the torch references. The only hardware `if` and the only env read."""
 
 import functools
-import importlib.metadata
+import importlib
 import importlib.util
 import os
 
@@ -9,7 +9,7 @@ import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 GLUON = ("3.6", "3.7")  # Triton's experimental language changes: the releases that its kernels here are compiled with
-HAS_GLUON = HAS_TRITON and importlib.metadata.version("triton").startswith(tuple(f"{release}." for release in GLUON))
+HAS_GLUON = HAS_TRITON and importlib.import_module("triton").__version__.startswith(tuple(f"{of}." for of in GLUON))
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton reads it too, when a kernel is defined
 
 
