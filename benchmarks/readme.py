@@ -94,8 +94,16 @@ def packing() -> str:
 
 
 def recovery() -> str:
+    return recoveries("recovery-h100.jsonl")
+
+
+def recovery_cpu() -> str:
+    return recoveries("recovery-cpu.jsonl")
+
+
+def recoveries(file: str) -> str:
     """Perplexity of a weight-pruned model as each method trains it and as it is saved, with the share of zeros."""
-    found = rows("recovery-h100.jsonl")
+    found = rows(file)
     best = {}
     for row in found:  # of several learning rates, the one with the lowest validation loss
         if row["method"] not in best or lowest(row) < lowest(best[row["method"]]):
@@ -116,10 +124,13 @@ def recovery() -> str:
     ]
     header = ("method", "lr", "trained", "before", "as trained", "as saved", "zeros before", "zeros after", "training")
     first = found[0]
-    tokens = first["steps"] * first["batch_size"] * first["seqlen"] / 1e6
+    dense = f"dense {first['dense_perplexity']:.2f}"
+    if "eval_windows" in first:
+        dense += f" on the first {first['eval_windows']} windows"
+    where = "a CPU" if first["gpu"] == "none" else first["gpu"]
     return (
-        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['criterion']} {first['allocation']} {first['pattern']}, dense "
-        f"{first['dense_perplexity']:.2f}; up to {first['steps']} steps, {tokens:.1f} M tokens of C4; {first['gpu']}, torch {first['torch']}, commit {first['commit']}."
+        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['criterion']} {first['allocation']} {first['pattern']}, {dense}; "
+        f"{first['steps']} steps of {first['batch_size']} windows of {first['seqlen']} tokens of C4; {where}, torch {first['torch']}, commit {first['commit']}."
     )
 
 
@@ -288,6 +299,7 @@ def share(size: int | None, dense: int) -> str:
 TABLES = {
     "quality": quality,
     "recovery": recovery,
+    "recovery_cpu": recovery_cpu,
     "width": width,
     "width_cpu": width_cpu,
     "depth": depth,
