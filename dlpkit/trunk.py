@@ -23,11 +23,14 @@ Candidate = tuple[Edit, ...]
 
 @dataclass
 class Work:
-    """What a search has cost: tokens times the parameters that they met, in blocks and head. Twice that are its FLOPs, attention scores aside."""
+    """What a search has cost this process: tokens times the parameters that they met, in blocks and head.
+
+    Twice that are its FLOPs, attention scores aside.
+    """
 
     done: int = 0
     naive: int = 0  # what it would have cost to run the whole model for every candidate that is left, at every step
-    evaluations: int = 0  # of one candidate on all windows
+    evaluations: int = 0  # candidates asked, at every step anew
 
 
 class Trunk:

@@ -281,6 +281,12 @@ def test_sliding_merge_commits_the_window_that_reaches_the_bottom():
     assert sliding_merge.plan(model_of(), BATCHES, None, threshold=-1.0).edits == [Merge(0, 6)]
 
 
+def test_sliding_merge_leaves_out_layers_that_lack_a_half():
+    model = model_of()
+    edits.apply(model, [Drop(3, "attn")])
+    assert sliding_merge.plan(model, BATCHES, None, threshold=-1.0).edits == [Merge(4, 6), Merge(0, 2)]
+
+
 def test_sliding_merge_hits_a_number_of_layers():
     for count in (1, 2, 3, 5):
         plan = sliding_merge.plan(model_of(), BATCHES, count)

@@ -33,7 +33,7 @@ def plan(
         raise ValueError("sliding_merge wants either a target or a threshold")
     budget = Budget(model)
     with Trunk(model, windows(batches)) as trunk:
-        walks = _Walks(trunk, rule, journal)
+        walks = _Walks(trunk, budget, rule, journal)
         if threshold is None:
             check_target(target)
             found = [merged for merged in _search(walks, budget, target, progress) if _reaches(budget, merged, target)]
@@ -47,8 +47,8 @@ def plan(
 class _Walks:
     """The walks down the model, one per threshold; what two walks ask in common is measured once."""
 
-    def __init__(self, trunk: Trunk, rule: str, journal: Journal | None):
-        self.trunk, self.rule, self.journal = trunk, rule, journal
+    def __init__(self, trunk: Trunk, budget: Budget, rule: str, journal: Journal | None):
+        self.trunk, self.budget, self.rule, self.journal = trunk, budget, rule, journal
         self.original, self.known = trunk.last_hidden(), {}
         while (row := parallel.told(journal.step(len(self.known)) if journal else None)) is not None:
             self.known[tuple(map(tuple, row[0]))] = row[1]
@@ -59,12 +59,16 @@ class _Walks:
         high = self.trunk.layers - 2
         while high > 0:
             low = high
-            while low > 0 and self.similarity([*merged, Merge(low - 1, high, self.rule)]) > threshold:
+            while low > 0 and self.stays_like([*merged, Merge(low - 1, high, self.rule)], threshold):
                 low -= 1
             if low < high:
                 merged.append(Merge(low, high, self.rule))
             high = low - 1
         return merged
+
+    def stays_like(self, merged: list[Merge], threshold: float) -> bool:
+        """Whether such windows can be merged, which layers that lack a half cannot, and leave the last hidden states alike."""
+        return self.budget.fits(merged) and self.similarity(merged) > threshold
 
     def similarity(self, merged: list[Merge]) -> float:
         key = tuple((edit.low, edit.high) for edit in merged)
