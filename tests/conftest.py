@@ -4,6 +4,10 @@ import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may download
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # before torch reads it: the workers have the cores, more threads wait for each other
+    )
 
 import hypothesis
 import pytest
@@ -15,9 +19,7 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 with torch.device("meta"):
-    torch.empty(
-        0
-    )  # torch remembers now what the context redirects, before `poisoned_empty` puts another function there
+    torch.empty(0)  # torch notes now what the context redirects, before `poisoned_empty` puts another function there
 
 VOCABULARY = 260  # 256 bytes, one end-of-text token, and room
 
