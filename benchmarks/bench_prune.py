@@ -5,12 +5,12 @@ python benchmarks/bench_prune.py --criterion wanda --allocation dlp --rows bench
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from commit import commit
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -51,7 +51,7 @@ def main() -> None:
     }  # fmt: skip
     versions = report.versions()
     row |= {key: versions[key] for key in ("gpu", "torch", "triton", "transformers")}
-    row |= {"commit": args.commit or commit(), "command": " ".join(["python", *sys.argv])}
+    row |= {"commit": commit(args.commit), "command": " ".join(["python", *sys.argv])}
     print(json.dumps(row, indent=1))
     with args.rows.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -90,14 +90,6 @@ def forwards(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
             torch.cuda.synchronize()
             seconds += time.perf_counter() - start
     return seconds
-
-
-def commit() -> str:
-    here = str(Path(__file__).parent)
-    found = subprocess.run(
-        ["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
-    return found.stdout.strip()
 
 
 def parse() -> argparse.Namespace:

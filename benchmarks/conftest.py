@@ -1,7 +1,6 @@
 """`pytest benchmarks` on a GPU: every bench appends rows to a JSON-lines file, --rows, by default results/<gpu>.jsonl."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import timing
 import torch
 import triton
+from commit import commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,7 +36,7 @@ def timed(request, roof):
     gpu = torch.cuda.get_device_name()
     path = Path(request.config.getoption("--rows") or RESULTS / f"{gpu.split()[1].lower()}.jsonl")
     where = {
-        "gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": _commit(request.config),
+        "gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit(request.config.getoption("--commit")),
         "command": " ".join(["pytest", *sys.argv[1:]]),
     }  # fmt: skip
 
@@ -52,9 +52,3 @@ def timed(request, roof):
         return us
 
     return measure
-
-
-def _commit(config) -> str:
-    known = config.getoption("--commit")
-    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    return known or subprocess.run(git, capture_output=True, text=True).stdout.strip()

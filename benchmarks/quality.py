@@ -8,10 +8,11 @@ The model stays on the device; allocations look at the dense model once and shar
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from commit import commit
 
 from dlpkit import allocation as allocations
 from dlpkit import archs, criteria, data, models, pruning, report
@@ -63,14 +64,10 @@ def main() -> None:
             )
 
 
-def environment(commit: str | None) -> dict:
+def environment(known: str | None) -> dict:
     found = report.versions()
-    if commit is None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
     return {key: found[key] for key in ("gpu", "torch", "triton", "transformers")} | {
-        "commit": commit,
+        "commit": commit(known),
         "command": " ".join(["python", *sys.argv]),
     }
 

@@ -5,12 +5,12 @@ python benchmarks/sizes.py smollm2-135m --patterns 0.5 0.7 2:4
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from commit import commit
 
 from dlpkit import archs, checkpoint, data, models
 from dlpkit.kernels import formats
@@ -31,14 +31,11 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = models.load_tokenizer(args.model)
     windows = data.calibration(tokenizer, n=args.nsamples, seqlen=args.seqlen)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     about = {
         "bench": "sizes",
         "model": args.model,
         "criterion": args.criterion,
-        "commit": commit,
+        "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
     }
     with RESULTS.open("w") as out:
