@@ -35,11 +35,6 @@ def check_free(target: str | Path, overwrite: bool = False) -> None:
         raise ValueError(f"{target} is not empty: choose another output folder, or overwrite it with --overwrite")
 
 
-def folder_bytes(folder: str | Path) -> int:
-    """Bytes of all files below `folder`."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
 def _replace(new: Path, target: Path) -> None:
     old = _beside(target, "old")
     if target.exists():

@@ -144,12 +144,7 @@ def model_card(report: dict, folder: str) -> str:
     """Markdown with Hugging Face front matter."""
     recipe = report["recipe"]
     text = report["text"]["calibration"]
-    return f"""---
-base_model: {recipe["model"]}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dlpkit, sparse, pruned]
----
+    return f"""{_front_matter(recipe["model"])}
 # {folder}
 
 `{recipe["model"]}` pruned by dlpkit: {_how(recipe)}; calibrated on {text["windows"]} windows of {text["seqlen"]} tokens of {text["source"]} (fingerprint {text["fingerprint"]}, seed {recipe["seed"]}).
@@ -196,12 +191,7 @@ def recovery_table(report: dict) -> str:
 def recovery_card(report: dict, folder: str) -> str:
     """Markdown with Hugging Face front matter, of a model that was trained after it was pruned."""
     text, training = report["text"]["training"], report["training"]
-    return f"""---
-base_model: {report["model"]}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [dlpkit, sparse, pruned]
----
+    return f"""{_front_matter(report["model"])}
 # {folder}
 
 `{report["model"]}` trained by dlpkit on {training["tokens"]:,} tokens of {text["source"]} (fingerprint {text["fingerprint"]}, seed {report["settings"]["seed"]}),
@@ -221,6 +211,15 @@ tags: [dlpkit, sparse, pruned]
 
 {table(list(report["versions"].items()), ("what", "version"))}
 """
+
+
+def _front_matter(base_model: str) -> str:
+    return f"""---
+base_model: {base_model}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [dlpkit, sparse, pruned]
+---"""
 
 
 def _how(recipe: dict) -> str:

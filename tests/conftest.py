@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it: no test may download
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -120,3 +121,8 @@ def poisoned_empty(monkeypatch):
 
     for name in real:
         monkeypatch.setattr(torch, name, poisoned(name))
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

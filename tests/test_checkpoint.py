@@ -5,14 +5,13 @@ import sys
 
 import pytest
 import torch
-from conftest import random_sparse, tiny_model
+from conftest import folder_bytes, random_sparse, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import dlpkit
 from dlpkit import archs, checkpoint, edits
 from dlpkit.edits import Drop, Merge
-from dlpkit.folders import folder_bytes
 from dlpkit.kernels import formats, storage
 from dlpkit.packing import sparse_linears
 

@@ -1,6 +1,7 @@
 import pytest
+from conftest import folder_bytes
 
-from dlpkit.folders import check_free, folder_bytes, new_folder
+from dlpkit.folders import check_free, new_folder
 
 
 def test_whole(tmp_path):
