@@ -1,11 +1,11 @@
 """A kernel that begins while the one before it ends: programmatic dependent launch, on NVIDIA GPUs from Hopper on.
 
-A decoding step is a row of kernels of 5 to 30 us, each with some microseconds at both ends in which memory idles. Launched this way, a
+A decoding step is a row of short kernels, each with a time at both ends in which memory idles. Launched this way, a
 kernel starts once every program of the one before has called `let_next_start` or ended, reads what that one cannot have written, its
 weight, and waits with `inputs_ready` before it reads anything else or writes at all.
 
 The signal comes when a program's own reading is done, not before: programs of the next kernel that are there earlier take whichever
-multiprocessors are free, unevenly, and the walk at two rows of x got up to twice as slow.
+multiprocessors are free, unevenly, and the walk at two rows of x got slower.
 
 A packed weight must therefore not be written by the kernel right before a matmul. Packing ends with `settle`.
 """

@@ -83,7 +83,7 @@ def _pick_kernel(
         values = next_values
         codes = next_codes
         first += V
-    let_next_start(EARLY and M != 2)  # at two rows the next kernel's programs settle unevenly, up to 10 % slower
+    let_next_start(EARLY and M != 2)  # at two rows the next kernel's programs settle unevenly
     bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32) if BIAS else tl.zeros([R], tl.float32)
     finish(acc, row, bias, y_ptr, N, x_rows, M, R, S)
 
