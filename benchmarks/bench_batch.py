@@ -2,7 +2,7 @@
 
     cd benchmarks && pytest bench_batch.py [--rows results/batch-h100.jsonl] [-k 14336x4096]
 
-Losing regimes are measured like winning ones. `kernel` is what dispatch.path says; where that is `expand`, the row holds the
+Losing regimes are measured like winning ones. `kernel` is what dispatch.explain says; where that is `expand`, the row holds the
 expansion and cuBLAS.
 """
 
@@ -42,7 +42,7 @@ def bench_batch(shape, format, pattern, M, timed):
     timed(
         [functools.partial(packed.matmul, x) for packed, x in zip(ring, xs, strict=True)],
         nbytes=ring[0].nbytes + xs[0].nbytes + 2 * M * N, baseline_us=dense_us(shape, M)["cublas"],
-        bench="batch", kernel=dispatch.path(format, N, K, M, density(pattern), "cuda")[0], format=format, N=N, K=K, M=M,
+        bench="batch", kernel=dispatch.explain(ring[0], M)[0], format=format, N=N, K=K, M=M,
         dtype="bfloat16", pattern=pattern, sparsity=round(1 - density(pattern), 4), mask="random", error=round(error, 6),
         baseline="cublas",
     )  # fmt: skip

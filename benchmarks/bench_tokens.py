@@ -4,7 +4,8 @@
     python benchmarks/bench_tokens.py out/my-packed-model --rows rows.jsonl
 
 MODEL is one of the shapes in random_model.py, whose weights are made on the GPU, or a packed folder, whose dense twin has its zeros
-written out. A step's bytes are the weights that it reads: all but the input embedding, of which it reads a row.
+written out. Unless a format is asked for, every weight is packed anew for every batch, as loading for that batch would. A step's bytes are
+the weights that it reads: all but the input embedding, of which it reads a row.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from quality import environment
 
 import dlpkit
 from dlpkit.generation import Decoder
-from dlpkit.packing import sparse_linears
+from dlpkit.packing import rewrite, sparse_linears
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -43,6 +44,8 @@ def main() -> None:
     for pattern, model in variants(args.model, args.patterns, args.format):
         for prompt, batch in itertools.product(args.prompts, args.batches):
             torch._dynamo.reset()
+            if args.format == "auto":
+                rewrite(model, lambda name, weight: weight, batch=batch)
             try:
                 row, made = measure(model, batch, prompt, args.tokens, args.compile)
             except torch.OutOfMemoryError:

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 import torch
 
 RING_BYTES = 6  # times the L2 cache
-WARM_MS, TIMED_MS = 15, 15  # a GPU that was waiting for the host is slow for some milliseconds
+TIMED_MS = 15  # a GPU that was waiting for the host is slow for some milliseconds
 
 
 def ring_length(nbytes: int) -> int:
@@ -28,8 +28,8 @@ def copies(value, n: int) -> list:
     return [replace(value, **{name: t.clone() for name, t in tensors.items()}) for _ in range(n)]
 
 
-def clock(calls: list[Callable]) -> tuple[float, float]:
-    """Microseconds per call, and the spread (90th less 10th percentile) over the median."""
+def clock(calls: list[Callable], timed_ms: float = TIMED_MS) -> tuple[float, float]:
+    """Microseconds per call, and the spread (90th less 10th percentile) over the median. Replays for some milliseconds, warm for as long before."""
     repeats = max(1, 24 // len(calls))
     for call in calls[:2]:
         call()
@@ -39,8 +39,8 @@ def clock(calls: list[Callable]) -> tuple[float, float]:
         for call in calls * repeats:
             call()
     once = max(0.01, _replays(graph, 3)[-1])  # ms
-    _replays(graph, int(WARM_MS / once) + 1)
-    took = [ms * 1e3 / (repeats * len(calls)) for ms in _replays(graph, max(9, int(TIMED_MS / once)))]
+    _replays(graph, int(timed_ms / once) + 1)
+    took = [ms * 1e3 / (repeats * len(calls)) for ms in _replays(graph, max(9, int(timed_ms / once)))]
     tenths = statistics.quantiles(took, n=10)
     return statistics.median(took), (tenths[-1] - tenths[0]) / statistics.median(took)
 

@@ -38,7 +38,8 @@ logger = logging.get_logger(__name__)
 class DlpkitConfig(QuantizationConfigMixin):
     """quantization_config of a packed or edited model.
 
-    modules: [N, K, nonzero values] of every packed Linear by name. edits: dlpkit.edits as dicts. runtime: a format or "auto".
+    modules: [N, K, nonzero values] of every packed Linear by name. edits: dlpkit.edits as dicts. runtime: a format or "auto",
+    which picks for `batch` sequences decoded together.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class DlpkitConfig(QuantizationConfigMixin):
         edits: list[dict] | None = None,
         format_version: int = FORMAT_VERSION,
         runtime: str = "auto",
+        batch: int = 1,
         **kwargs,
     ):
         if format_version != FORMAT_VERSION:
@@ -55,16 +57,18 @@ class DlpkitConfig(QuantizationConfigMixin):
             )
         if runtime != "auto" and runtime not in formats.names():
             raise ValueError(f"runtime is 'auto' or one of {', '.join(formats.names())}, got {runtime!r}")
+        if not isinstance(batch, int) or batch < 1:
+            raise ValueError(f"batch is the number of sequences decoded together, at least 1, got {batch!r}")
         if not isinstance(edits or [], list):
             raise ValueError(f"config.json: edits are a list, got {edits!r}; the file is damaged")
         self.quant_method = METHOD
         self.format_version = format_version
         self.modules = modules or {}
         self.edits = edits or []
-        self.runtime = runtime
+        self.runtime, self.batch = runtime, batch
 
     def to_dict(self) -> dict:
-        """What config.json says. The runtime format is not among it: it belongs to the device that loads."""
+        """What config.json says. Runtime and batch are not among it: they belong to who loads."""
         told = {"quant_method": METHOD, "format_version": self.format_version, "modules": self.modules}
         return told | ({"edits": self.edits} if self.edits else {})
 
@@ -95,7 +99,7 @@ class DlpkitQuantizer(HfQuantizer):
                 raise ValueError(
                     f"{name} was offloaded: packed layers cannot wait on CPU or disk, choose a device_map that fits"
                 )
-        pack_stored(model, self.quantization_config.runtime)
+        pack_stored(model, self.quantization_config.runtime, self.quantization_config.batch)
         wins, reason = dispatch.available(next(model.parameters()).device)
         if self.quantization_config.modules and self.quantization_config.runtime == "auto" and not wins:
             logger.warning_once(f"dlpkit: {reason}")
@@ -114,12 +118,13 @@ class DlpkitQuantizer(HfQuantizer):
         return True
 
 
-def pack(model: PreTrainedModel, format: str = "auto") -> PreTrainedModel:
+def pack(model: PreTrainedModel, format: str = "auto", batch: int = 1) -> PreTrainedModel:
     """Pack the prunable Linears of a causal LM in place, so that it runs packed and save_pretrained writes the packed layout.
 
-    Raises ValueError for an unknown format, or for one that the zeros do not fit ("nm" of an unstructured weight).
+    format, batch: as `runtime` and `batch` of `load`. Raises ValueError for an unknown format, or for one that the zeros do not fit ("nm" of
+    an unstructured weight).
     """
-    pack_linears(model, format)
+    pack_linears(model, format, batch)
     return _described(model)
 
 
@@ -179,13 +184,18 @@ def compare(model: PreTrainedModel, again: PreTrainedModel) -> None:
 
 
 def load(
-    name: str | Path, runtime: str = "auto", device: torch.device | str = "cpu", dtype: str | torch.dtype = "auto"
-) -> PreTrainedModel:
-    """A packed or an ordinary causal LM, from a folder, hub id or alias. runtime: the format of packed weights, "auto" for the device's best."""
+    name: str | Path, runtime: str = "auto", device: torch.device | str = "cpu", dtype: str | torch.dtype = "auto",
+    batch: int = 1,
+) -> PreTrainedModel:  # fmt: skip
+    """A packed or an ordinary causal LM, from a folder, hub id or alias.
+
+    runtime: the format of packed weights; "auto" for the one measured to be fastest on the device when `batch` sequences are decoded
+    together, which is dense for a weight where none beats it. Other batches work too, and may be slower than dense.
+    """
     config = read_config(name)
     packed = getattr(config, "quantization_config", None)
     if packed is not None and packed.get("quant_method") == METHOD:
-        config.quantization_config = {**packed, "runtime": runtime}
+        config.quantization_config = {**packed, "runtime": runtime, "batch": batch}
     elif runtime != "auto":
         raise ValueError(
             f"{name} is not packed, so it has no runtime format to choose: pack it first with `dlpkit pack`"

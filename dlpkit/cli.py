@@ -286,6 +286,7 @@ def inspect(
 def doctor(
     model: Annotated[str | None, typer.Argument(help="A packed folder: also say which kernel each of its Linears runs.")] = None,
     device: Device = None, runtime: Runtime = "auto",
+    batch: Annotated[int, typer.Option(help="Sequences decoded together, for which auto picks.")] = 1,
 ):  # fmt: skip
     """Versions, device, and which kernels packed weights would run here, with the reason."""
     from dlpkit import checkpoint, inspection, report
@@ -294,13 +295,13 @@ def doctor(
     for key, value in inspection.doctor().items():
         print(f"{key}: {value}")
     if model:
-        found = inspection.kernels(checkpoint.load(model, runtime, default_device(device)))
+        found = inspection.kernels(checkpoint.load(model, runtime, default_device(device), batch=batch))
         rows = [
-            (f["linears"], f["count"], "{} x {}".format(*f["shape"]), f["format"], *f["kernels"].values())
+            (f["linears"], f["count"], "{} x {}".format(*f["shape"]), f["format"], f"{fewest} to {most}", kernel, why)
             for f in found
+            for fewest, most, kernel, why in f["kernels"]
         ]
-        header = ("Linears", "count", "weight", "format", *(f"rows of x: {M}" for M in inspection.ROWS_OF_X))
-        print(report.table(rows, header))
+        print(report.table(rows, ("Linears", "count", "weight", "format", "rows of x", "kernel", "because")))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

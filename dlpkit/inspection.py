@@ -1,8 +1,10 @@
 """What is in a model folder, and what will run on this machine: read from headers and versions, without loading a model."""
 
+import itertools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,7 +16,7 @@ from dlpkit.kernels import dispatch, formats
 from dlpkit.kernels.runtime import default_device
 from dlpkit.packing import sparse_linears
 
-ROWS_OF_X = (1, 8, 64, 512)  # a token of so many sequences, or a prompt of so many tokens
+ROWS_OF_X = (1, 8, 16, 64, 256, 2048, 8192)  # a token of so many sequences, or a prompt of so many tokens
 
 
 def inspect(folder: str | Path) -> dict:
@@ -62,20 +64,21 @@ def doctor() -> dict:
 
 
 def kernels(model: nn.Module) -> list[dict]:
-    """Which kernel each kind of packed Linear of a loaded model runs for how many rows of x, as the dispatcher has it.
+    """Which kernel multiplies each kind of packed Linear of a loaded model by how many rows of x, and why, as the dispatcher has it.
 
     Linears of one path within their blocks, one shape and one format are a kind. A fused Linear is the whole weight it shares.
+    kernels: [fewest rows of ROWS_OF_X, most, kernel, reason] where kernel and reason are the same.
     """
     found: dict[tuple, dict] = {}
     for name, sparse in sparse_linears(model).items():
-        N, K = sparse.packed_shape
-        kind = re.sub(r"\.\d+\.", ".*.", name), sparse.format, N, K
-        entry = found.setdefault(kind, {"linears": kind[0], "format": sparse.format, "shape": [N, K], "count": 0})
-        entry["count"] += 1
-        if "kernels" not in entry:
-            density = sparse.nnz() / math.prod(sparse.shape)
-            where = density, sparse.weight.device, sparse.weight.dtype
-            entry["kernels"] = {M: dispatch.path(sparse.format, N, K, M, *where)[0] for M in ROWS_OF_X}
+        packed = sparse.whole
+        kind = re.sub(r"\.\d+\.", ".*.", name), sparse.format, packed.shape
+        if kind not in found:
+            by_choice = itertools.groupby(ROWS_OF_X, partial(dispatch.explain, packed))
+            chosen = [(choice, list(rows)) for choice, rows in by_choice]
+            found[kind] = {"linears": kind[0], "format": sparse.format, "shape": list(packed.shape), "count": 0}
+            found[kind]["kernels"] = [[rows[0], rows[-1], *choice] for choice, rows in chosen]
+        found[kind]["count"] += 1
     return list(found.values())
 
 

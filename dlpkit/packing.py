@@ -10,27 +10,27 @@ from dlpkit.kernels import dispatch, formats, storage
 from dlpkit.sparse import FusedLinear, SparseLinear
 
 
-def pack_linears(model: nn.Module, format: str = "auto") -> dict[str, SparseLinear]:
+def pack_linears(model: nn.Module, format: str = "auto", batch: int = 1) -> dict[str, SparseLinear]:
     """Replace the prunable Linears of a causal LM by packed SparseLinears, in place -> them by name.
 
-    format: one of dlpkit.kernels.formats, or "auto" for the one that the dispatcher picks for the weight and its device. Linears that
-    read the same input are packed as one unless the dense kernel runs them. Zeros lose their sign: `weight * mask` leaves -0.0, which
+    format: one of dlpkit.kernels.formats, or "auto" for the one that the dispatcher picks for the weight, its device and a batch: the
+    sequences that are decoded together, so the rows of x that the weight mostly multiplies. Linears that read the same input are packed as one unless the dense kernel runs them. Zeros lose their sign: `weight * mask` leaves -0.0, which
     has a bit set and would be stored as a value.
     """
     arch = archs.of(model)
     for index in range(len(archs.blocks(model, arch))):
-        pack_block(model, arch, index, format)
+        pack_block(model, arch, index, format, batch)
     return sparse_linears(model)
 
 
-def pack_block(model: nn.Module, arch: archs.Arch, index: int, format: str = "auto") -> None:
+def pack_block(model: nn.Module, arch: archs.Arch, index: int, format: str = "auto", batch: int = 1) -> None:
     """The same for one block; the others may still be on the meta device."""
     for names in _block_groups(model, arch, index):
         unpacked = [name for name in names if not _is_packed(model.get_submodule(name))]
-        _pack(model, {name: _unsigned(model.get_submodule(name)) for name in unpacked}, format)
+        _pack(model, {name: _unsigned(model.get_submodule(name)) for name in unpacked}, format, batch)
 
 
-def pack_stored(model: nn.Module, format: str = "auto") -> None:
+def pack_stored(model: nn.Module, format: str = "auto", batch: int = 1) -> None:
     """The same for the SparseLinears that a checkpoint has just filled; other Linears stay as they are.
 
     Group by group: beside the model there are never more than one group's dense weights, twice. Raises ValueError, naming the weight, when what
@@ -44,15 +44,17 @@ def pack_stored(model: nn.Module, format: str = "auto") -> None:
                 stored = linear.stored()
                 storage.validate(stored, name)
                 weights[name] = storage.decode(stored)
-        _pack(model, weights, format)
+        _pack(model, weights, format, batch)
 
 
-def rewrite(model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor], format: str = "auto") -> None:
+def rewrite(
+    model: nn.Module, change: Callable[[str, torch.Tensor], torch.Tensor], format: str = "auto", batch: int = 1
+) -> None:
     """Give every packed Linear the weight that `change` makes of its name and its dense weight, and pack it again, group by group."""
     for names in _groups(model, archs.of(model)):
         linears = {name: model.get_submodule(name) for name in names}
         weights = {name: change(name, linear.dense()) for name, linear in linears.items() if _is_packed(linear)}
-        _pack(model, weights, format)
+        _pack(model, weights, format, batch)
 
 
 def unpack_linears(model: nn.Module) -> None:
@@ -91,13 +93,13 @@ def _is_packed(linear: nn.Linear) -> bool:
     return isinstance(linear, SparseLinear) and linear.kind is not None
 
 
-def _pack(model: nn.Module, weights: dict[str, torch.Tensor], format: str) -> None:
+def _pack(model: nn.Module, weights: dict[str, torch.Tensor], format: str, batch: int) -> None:
     """Pack the weights of one group, taking them out of `weights`: stacked where a sparse kernel runs them, else one by one."""
     names = list(weights)
     linears = [model.get_submodule(name) for name in names]
     if len(names) > 1 and _may_run_sparse(weights[names[0]], format):
         stacked = torch.cat([weights.pop(name) for name in names])
-        chosen = _choose(stacked, format)
+        chosen = _choose(stacked, format, batch)
         if chosen != "dense":
             for name, member in zip(names, FusedLinear.group(linears, formats.get(chosen).pack(stacked)), strict=True):
                 put(model, name, member)
@@ -106,12 +108,12 @@ def _pack(model: nn.Module, weights: dict[str, torch.Tensor], format: str) -> No
         weights = {name: part.clone() for name, part in zip(names, parts, strict=True)}
     for name, linear in zip(names, linears, strict=True):
         weight = weights.pop(name)
-        put(model, name, SparseLinear.of(linear, formats.get(_choose(weight, format)).pack(weight)))
+        put(model, name, SparseLinear.of(linear, formats.get(_choose(weight, format, batch)).pack(weight)))
 
 
 def _may_run_sparse(weight: torch.Tensor, format: str) -> bool:
     return dispatch.available(weight.device)[0] if format == "auto" else format != "dense"
 
 
-def _choose(weight: torch.Tensor, format: str) -> str:
-    return dispatch.choose(weight)[0] if format == "auto" else format
+def _choose(weight: torch.Tensor, format: str, batch: int) -> str:
+    return dispatch.choose(weight, batch)[0] if format == "auto" else format

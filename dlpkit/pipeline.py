@@ -250,7 +250,8 @@ def generate_text(
     runtime: str = "auto", compile: bool | None = None, stream: bool = False, notice: Callable[[str], None] = print,
 ) -> list[str]:  # fmt: skip
     """Prompts -> each with up to `tokens` more tokens. stream: print the text of a single prompt as it comes. notice: hears why decoding is slow."""
-    tokenizer, loaded = models.load_tokenizer(model), checkpoint.load(model, runtime, default_device(device))
+    tokenizer = models.load_tokenizer(model)
+    loaded = checkpoint.load(model, runtime, default_device(device), batch=max(1, len(prompts)))
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     return generation.generate_text(loaded, tokenizer, prompts, tokens, sampling, compile, streamer, notice)
 

@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from dlpkit.kernels import storage
+from dlpkit.kernels import formats, storage
 from dlpkit.kernels.formats import Packed
 from dlpkit.kernels.storage import Stored
 
@@ -52,11 +52,6 @@ class SparseLinear(nn.Linear):
         return self.out_features, self.in_features
 
     @property
-    def packed_shape(self) -> tuple[int, int]:
-        """Of the weight that is multiplied by."""
-        return self.shape
-
-    @property
     def packed(self) -> Packed:
         """The runtime value, made of this module's tensors."""
         fields = {
@@ -65,8 +60,13 @@ class SparseLinear(nn.Linear):
         return self.kind(values=self.weight.detach(), **fields, **self.plain)
 
     @property
+    def whole(self) -> Packed:
+        """What is multiplied by."""
+        return self.packed
+
+    @property
     def format(self) -> str:
-        return self.kind.__module__.rsplit(".", 1)[-1] if self.kind else "stored"
+        return formats.name(self.kind) if self.kind else "stored"
 
     def dense(self) -> torch.Tensor:
         """[out_features, in_features], the weight as an ordinary tensor."""
@@ -132,11 +132,11 @@ class FusedLinear(SparseLinear):
         return members
 
     @property
-    def packed_shape(self) -> tuple[int, int]:
-        return self.leaders[0].packed.shape
+    def whole(self) -> Packed:
+        return self.leaders[0].packed
 
     def dense(self) -> torch.Tensor:
-        return self.leaders[0].packed.dense()[self.rows].contiguous()
+        return self.whole.dense()[self.rows].contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.leaders[0].multiply(x)[..., self.rows]

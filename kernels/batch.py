@@ -5,8 +5,8 @@ the tile, scatters the block's values into it and multiplies it by the rows of x
 whose blocks several programs share is summed by the last of them to arrive, from float32 parts in the order of the programs: the same
 sum every time.
 
-This is the kernel for up to 32 rows of x: tiles of 64 rows, four programs to a multiprocessor, so that some multiply while others
-scatter. For more rows see special.py.
+Here several programs share a multiprocessor, with tiles of 64 rows, so that some multiply while others scatter: for few rows of x. For more
+see special.py.
 """
 
 import torch
@@ -24,9 +24,10 @@ from dlpkit.kernels import special
 from dlpkit.kernels.product import fetch, finish, join
 from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.scatter import COLUMNS, barrier, clear, find, opaque, put_extras, read_extras, start, walk, walker
-from dlpkit.kernels.tiles import BATCH_ROWS, FEW_ROWS
 
-RESIDENT, REGISTERS = 4, 128  # programs of a multiprocessor, registers of a thread: H100, 14336 x 4096
+LAUNCH = {"batch": (16, 64), "special": (64, 128)}  # kernel -> fewest and most rows of x in a launch
+RESIDENT = {16: 4, 32: 4, 64: 3}  # M of the kernel -> programs of a multiprocessor: H100, 14336 x 4096
+REGISTERS = {16: 128, 32: 128, 64: 168}  # of a thread
 ROWS = gl.constexpr(64)  # of a tile
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -89,31 +90,32 @@ def _batch_kernel(
 
 
 def multiply(
-    x: torch.Tensor, values: torch.Tensor, gaps: torch.Tensor, extras: torch.Tensor, places: torch.Tensor,
+    kernel: str, x: torch.Tensor, values: torch.Tensor, gaps: torch.Tensor, extras: torch.Tensor, places: torch.Tensor,
     starts: torch.Tensor, extra_starts: torch.Tensor, arrived: torch.Tensor, bias: torch.Tensor | None, N: int, K: int,
 ) -> torch.Tensor:  # fmt: skip
-    """x [M, K] and the fields of a Tile, values of x's 16-bit dtype -> [M, N]; 128 rows of x to a launch."""
+    """x [M, K] and the fields of a Tile, values of x's 16-bit dtype -> [M, N], by one of LAUNCH."""
+    fewest, most = LAUNCH[kernel]
+    few = kernel == "batch"
     y = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     x = aligned(x)
     weight = values.view(torch.int32), gaps, extras.view(torch.int16), places, starts, extra_starts
-    for i in range(0, x.shape[0], BATCH_ROWS):
-        part = x[i : i + BATCH_ROWS]
-        few = part.shape[0] <= FEW_ROWS
-        M = max(16 if few else 64, triton.next_power_of_2(part.shape[0]))
+    for i in range(0, x.shape[0], most):
+        part = x[i : i + most]
+        M = max(fewest, triton.next_power_of_2(part.shape[0]))
         rows = ROWS.value if few else special.ROWS.value
         atoms, B, tiles = triton.cdiv(N, 64), triton.cdiv(K, COLUMNS.value), triton.cdiv(N, rows)
         sms = multiprocessors(x.device)
-        U = triton.cdiv(tiles * B, RESIDENT * sms) if few else special.units(tiles, B, sms)
+        U = triton.cdiv(tiles * B, RESIDENT[M] * sms) if few else special.units(tiles, B, sms)
         programs = triton.cdiv(tiles * B, U)
         split = U % B != 0
         parts = torch.empty((programs + tiles) * rows * M if split else 1, dtype=torch.float32, device=x.device)
         options = {"M": M, "DTYPE": DTYPES[x.dtype], "BIAS": bias is not None, "SPLIT": split, "num_warps": 4}
         if few:
-            kernel, options["maxnreg"] = _batch_kernel, REGISTERS
+            launched, options["maxnreg"] = _batch_kernel, REGISTERS[M]
         else:
-            kernel = special.special_kernel
+            launched = special.special_kernel
             options |= {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS[M]}
-        kernel[(programs,)](
+        launched[(programs,)](
             part, *weight, y if bias is None else bias, y[i:], parts, arrived,
             N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, atoms, B, tiles * B, U, **options,
         )  # fmt: skip

@@ -1,28 +1,29 @@
 """Which runtime layout a weight gets where it lives, which kernel then multiplies, and why: dense unless a sparse one was measured to win.
 
-Measured on an H100 (benchmarks/results/h100.jsonl), one row of x, random and Wanda-like masks, against the better of cuBLAS and a
-dense Triton GEMV. Packing is for decoding: past WALK_ROWS rows of x, BATCH_ROWS for `tile`, every packed layer is expanded to dense at
-every call. `tile` is for batches and never picked by itself: its kernels have no rows there yet, and at one row of x `sell` is faster.
+Both are read off one table, measured.py, of how fast every kernel is by layer, mask and rows of x, by the rule of crossover.py for
+what it does not hold. A weight is packed for the batch that it will mostly multiply; at any other number of rows the fastest
+kernel of its format runs, which may be an expansion to dense at every call.
 """
 
 import torch
 
-from dlpkit.kernels import formats, storage
-from dlpkit.kernels.formats import nm
-from dlpkit.kernels.runtime import GLUON, HAS_TRITON, use_wgmma
-from dlpkit.kernels.tiles import BATCH_ROWS, FEW_ROWS, SMALLEST, WALK_ROWS
+from dlpkit.kernels import crossover, formats, storage
+from dlpkit.kernels.formats import Packed, nm, tile
+from dlpkit.kernels.measured import SPEED
+from dlpkit.kernels.runtime import GLUON, HAS_GLUON, HAS_TRITON, use_wgmma
+from dlpkit.kernels.tiles import SMALLEST
 
 MEASURED = {(9, 0): "H100"}  # compute capability -> where the table was filled
-DENSEST = 0.5  # share of weights kept up to which a packed kernel won on every layer measured
+DENSEST = 0.5  # share of weights kept up to which packed kernels were measured
 
 
-def choose(weight: torch.Tensor) -> tuple[str, str]:
-    """[N, K] with zeros -> (format, reason in one sentence). Never a format whose kernel does not win on the weight's device."""
+def choose(weight: torch.Tensor, batch: int = 1) -> tuple[str, str]:
+    """[N, K] with zeros -> (format, reason in one sentence): the one measured to be fastest at `batch` rows of x, dense if none wins there."""
     runs, reason = available(weight.device)
     if not runs:
         return "dense", reason
     density = storage.count(weight) / max(1, weight.numel())
-    return choose_for(tuple(weight.shape), weight.dtype, density, _nm(weight))
+    return choose_for(tuple(weight.shape), weight.dtype, density, _mask(weight, density), batch)
 
 
 def available(device: torch.device | str) -> tuple[bool, str]:
@@ -45,51 +46,59 @@ def available(device: torch.device | str) -> tuple[bool, str]:
     return True, f"sparse kernels win here for 16-bit weights from {1 - DENSEST:.0%} sparsity"
 
 
-def path(
-    format: str, N: int, K: int, M: int, density: float, device: torch.device | str, dtype: torch.dtype = torch.bfloat16
-) -> tuple[str, str]:
-    """(kernel, reason): what multiplies M rows of x by an [N, K] weight of `density` kept weights packed in a format on a device.
-
-    Kernels: cublas, reference, walk, pick, batch, special, expand (which is followed by cuBLAS). N, K and density decide for no kernel
-    yet; they only say how many bytes an expansion moves. Raises ValueError for an unknown format.
-    """
-    formats.get(format)
-    device = torch.device(device)
-    if format == "dense":
-        return "cublas", "the weight is dense"
-    if device.type != "cuda" or not HAS_TRITON or dtype not in (torch.bfloat16, torch.float16):
-        return "reference", "Triton's kernels take 16-bit weights on a GPU: decoded to dense at every call"
-    megabytes = (20 * density + 16) / 8 * N * K / 1e6
-    expanded = f"expanded to dense, which moves {megabytes:.0f} MB, and multiplied by cuBLAS"
-    if format != "tile":
-        if M <= WALK_ROWS:
-            return {"sell": "walk", "nm": "pick"}[format], f"{M} rows of x, of at most {WALK_ROWS}"
-        return "expand", f"{M} rows of x are more than {WALK_ROWS}: {expanded}"
-    if not use_wgmma(device):
-        return "expand", f"the batch kernels want a Hopper GPU and Triton {' or '.join(GLUON)}: {expanded}"
-    if M > BATCH_ROWS:
-        return "expand", f"{M} rows of x are more than {BATCH_ROWS}: {expanded}"
-    return "batch" if M <= FEW_ROWS else "special", f"{M} rows of x, of at most {BATCH_ROWS}"
-
-
 def choose_for(
-    shape: tuple[int, int], dtype: torch.dtype, density: float, pattern: tuple[int, int] | None
+    shape: tuple[int, int], dtype: torch.dtype, density: float, mask: str, batch: int = 1
 ) -> tuple[str, str]:
-    """The same for a GPU where the kernels were measured, from what matters about a weight; `pattern` is (n, m) if it is N:M sparse."""
+    """The same for a GPU where the kernels were measured, from what matters about a weight; `mask` as crossover.Layer has it."""
     N, K = shape
+    if batch < 1:
+        raise ValueError(f"batch is the rows of x that a weight will mostly multiply, at least 1, got {batch}")
     if dtype not in (torch.bfloat16, torch.float16):
         return "dense", f"the sparse kernels take 16-bit weights, this one is {str(dtype).removeprefix('torch.')}"
     if N * K < SMALLEST:
         return "dense", f"a {N} x {K} weight is too small for a sparse kernel to win"
     if density > DENSEST + 0.001:
         return "dense", f"{density:.0%} of the weights are kept, a sparse kernel wins up to {DENSEST:.0%}"
-    if pattern and pattern[0] / pattern[1] <= 1.02 * density:  # full groups: not unstructured by nature
-        return "nm", f"{pattern[0]}:{pattern[1]} sparse"
-    return "sell", f"{1 - density:.0%} sparse without structure"
+    found = {format: crossover.fastest(format, N, K, batch, density, mask) for format in SPEED if _fits(format, mask)}
+    best = max(found, key=lambda format: found[format].speed)
+    how = f"{best} at {_rows(batch)} was measured {found[best].speed:.2f} times as fast as cuBLAS ({found[best].layer})"
+    return (best if found[best].speed >= 1 else "dense"), how
 
 
-def _nm(weight: torch.Tensor) -> tuple[int, int] | None:
+def explain(packed: Packed, M: int) -> tuple[str, str]:
+    """(kernel, reason): what multiplies M rows of x by a packed weight where it lives.
+
+    Kernels: cublas, reference, walk, pick, batch, special, expand (which is followed by cuBLAS).
+    """
+    format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
+    if format == "dense":
+        return "cublas", "the weight is dense"
+    if device.type != "cuda" or not HAS_TRITON or packed.values.element_size() != 2:
+        return "reference", "Triton's kernels take 16-bit weights on a GPU: decoded to dense at every call"
+    if format == "tile" and not use_wgmma(device):
+        return "expand", f"the batch kernels want a Hopper GPU and Triton {' or '.join(GLUON)}"
+    kernel, speed, layer = crossover.fastest(format, N, K, M, packed.values.numel() / max(1, N * K))
+    if not speed:
+        return kernel, f"nothing of {format} was measured at {_rows(M)}"
+    return kernel, f"measured {speed:.2f} times as fast as cuBLAS at {_rows(M)} ({layer})"
+
+
+def _fits(format: str, mask: str) -> bool:
+    """Whether a format runs here and takes the mask."""
+    if format == "tile":
+        return HAS_GLUON
+    return ":" in mask if format == "nm" else True
+
+
+def _mask(weight: torch.Tensor, density: float) -> str:
     try:
-        return nm.infer(weight)
+        n, m = nm.infer(weight)
     except ValueError:
-        return None
+        n, m = 1, 1
+    if n / m <= 1.02 * density:  # full groups: not unstructured by nature
+        return f"{n}:{m}"
+    return "balanced" if tile.is_balanced(weight) else "unstructured"
+
+
+def _rows(M: int) -> str:
+    return f"{M} row{'s' * (M != 1)} of x"

@@ -1,7 +1,7 @@
 """The kernels as torch.library operators, so that torch.compile and CUDA graphs take a packed layer whole.
 
-`*_matmul` is x [M, K] -> [M, N]. Which kernel multiplies how many rows of x, `dispatch.path` says; past those, the weight is expanded into
-a dense scratch and the vendor's matmul takes over. The scratch is the caching allocator's: layers that run one after the other share
+`*_matmul` is x [M, K] -> [M, N]. Which kernel multiplies how many rows of x, `crossover.fastest` says; where it says so, the weight is expanded
+into a dense scratch and the vendor's matmul takes over. The scratch is the caching allocator's: layers that run one after the other share
 it. No host synchronisation. Differentiable in x and bias; the weight is data.
 """
 
@@ -9,9 +9,8 @@ import contextlib
 
 import torch
 
-from dlpkit.kernels import blocks, expand, pick, walk
+from dlpkit.kernels import blocks, crossover, expand, pick, walk
 from dlpkit.kernels.runtime import HAS_GLUON, use_wgmma
-from dlpkit.kernels.tiles import BATCH_ROWS, WALK_ROWS
 
 if HAS_GLUON:
     from dlpkit.kernels import batch, spread
@@ -45,6 +44,10 @@ def _kernel(name: str):
     return register
 
 
+def _kernel_for(format: str, x: torch.Tensor, values: torch.Tensor, N: int, K: int) -> str:
+    return crossover.fastest(format, N, K, x.shape[0], values.numel() / max(1, N * K)).kernel
+
+
 @_kernel("dlpkit::sell_dense")
 def _sell_dense(values, gaps, bases, order, pairs, steps, N, K, rows, segments):
     return expand.sell(values, gaps, bases, order, pairs, steps, N, K, rows, segments)
@@ -57,7 +60,7 @@ def _nm_dense(values, codes, N, K, rows, segments, n, m, step, steps):
 
 @_kernel("dlpkit::sell_matmul")
 def _sell_matmul(x, bias, values, gaps, bases, order, pairs, steps, N, K, rows, segments):
-    if x.shape[0] > WALK_ROWS:
+    if _kernel_for("sell", x, values, N, K) == crossover.EXPAND:
         dense = expand.sell(values, gaps, bases, order, pairs, steps, N, K, rows, segments)
         return torch.nn.functional.linear(x, dense, bias)
     bias = None if bias is None else bias.contiguous()
@@ -66,7 +69,7 @@ def _sell_matmul(x, bias, values, gaps, bases, order, pairs, steps, N, K, rows, 
 
 @_kernel("dlpkit::nm_matmul")
 def _nm_matmul(x, bias, values, codes, N, K, rows, segments, n, m, step, steps):
-    if x.shape[0] > WALK_ROWS:
+    if _kernel_for("nm", x, values, N, K) == crossover.EXPAND:
         dense = expand.nm(values, codes, N, K, n, m, rows, segments, step, steps)
         return torch.nn.functional.linear(x, dense, bias)
     bias = None if bias is None else bias.contiguous()
@@ -84,8 +87,9 @@ def _tile_matmul(x, bias, values, gaps, extras, places, starts, extra_starts, ar
     weight = values, gaps, extras, places, starts, extra_starts, arrived
     if not use_wgmma(x.device):
         return torch.nn.functional.linear(x, _tile_dense(*weight, N, K), bias)
-    if x.shape[0] <= BATCH_ROWS:
-        return batch.multiply(x, *weight, None if bias is None else bias.contiguous(), N, K)
+    kernel = _kernel_for("tile", x, values, N, K)
+    if kernel != crossover.EXPAND:
+        return batch.multiply(kernel, x, *weight, None if bias is None else bias.contiguous(), N, K)
     dense = spread.spread(*weight[:-1], N, K)  # [K, N]
     return x @ dense if bias is None else torch.addmm(bias, x, dense)
 

@@ -5,10 +5,6 @@ the rows of a warp share the lines of x, until lanes get so short that their end
 """
 
 SMALLEST = 2**22  # weights; smaller layers are bound by latency, not by bytes
-# rows of x past which one more launch takes longer than to expand the weight and call cuBLAS, on a 14336 x 4096 layer
-WALK_ROWS = 24  # sell, nm
-BATCH_ROWS = 128  # tile
-FEW_ROWS = 32  # of which a multiprocessor takes several programs
 
 
 def lanes(N: int, K: int, density: float) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import dlpkit
-from dlpkit import archs, checkpoint, edits
+from dlpkit import archs, checkpoint, edits, packing
 from dlpkit.edits import Drop, Merge
-from dlpkit.kernels import formats, storage
+from dlpkit.kernels import dispatch, formats, storage
 from dlpkit.packing import sparse_linears
 
 
@@ -192,6 +192,28 @@ def test_without_dlpkit_the_load_fails_loudly(folder):
 def test_the_config_does_not_fix_the_runtime(folder):
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert set(config) == {"quant_method", "format_version", "modules"}
+
+
+def test_weights_are_packed_for_the_batch(folder, monkeypatch, tokens):
+    asked = []
+
+    def choose(weight, batch):
+        asked.append(batch)
+        return ("tile" if batch > 1 else "sell"), "as asked"
+
+    monkeypatch.setattr(dispatch, "available", lambda device: (True, "a GPU"))
+    monkeypatch.setattr(dispatch, "choose", choose)
+    for batch, format in ((1, "sell"), (16, "tile")):
+        model = dlpkit.load(folder, batch=batch)
+        assert {sparse.format for sparse in sparse_linears(model).values()} == {format}
+        assert set(asked) == {batch}
+        asked.clear()
+    packing.rewrite(model, lambda name, weight: weight, batch=1)
+    assert {sparse.format for sparse in sparse_linears(model).values()} == {"sell"}
+    torch.testing.assert_close(model(tokens).logits, dlpkit.load(folder, "dense")(tokens).logits, rtol=5e-2, atol=5e-2)
+    assert set(model.config.quantization_config.to_dict()) == {"quant_method", "format_version", "modules"}
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        dlpkit.load(folder, batch=0)
 
 
 def test_decoding_to_dense_is_said_once(folder, monkeypatch):

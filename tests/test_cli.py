@@ -139,12 +139,10 @@ def test_doctor_says_what_will_run(run):
 def test_doctor_says_which_kernel_each_linear_runs(run, packed):
     found = run("doctor", packed, "--runtime", "nm", "--device", "cpu")
     assert found.code == 0, found.err
-    assert (
-        "| model.layers.*.self_attn.k_proj | 3 | 128 x 64 | nm | reference | reference | reference | reference |"
-        in found.out
-    )
+    assert "| model.layers.*.self_attn.k_proj | 3 | 128 x 64 | nm | 1 to 8192 | reference | Triton's" in found.out
     assert "| model.layers.*.mlp.down_proj | 3 | 64 x 96 | nm |" in found.out
-    assert "| dense | cublas | cublas |" in run("doctor", packed, "--runtime", "dense", "--device", "cpu").out
+    assert "| dense | 1 to 8192 | cublas |" in run("doctor", packed, "--runtime", "dense", "--device", "cpu").out
+    assert run("doctor", packed, "--batch", 0).code == 2
 
 
 def test_bench_wants_a_gpu_and_a_known_name(run, monkeypatch):

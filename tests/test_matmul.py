@@ -55,8 +55,9 @@ def test_matmul(pattern, dtype):
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4", "8:16"])
-@pytest.mark.parametrize("M", [2, 3, 5, 8, 9, 25])
-def test_rows_of_x(pattern, M):
+@pytest.mark.parametrize(("M", "expands"), [*((M, False) for M in (2, 3, 5, 8, 9, 17)), (1, True), (25, True)])
+def test_rows_of_x(pattern, M, expands, pinned):
+    pinned("expand" if expands else "pick" if ":" in pattern else "walk")
     weight = sparse(33, 100, pattern)
     check(pack(weight, pattern), weight, M)
 

@@ -73,22 +73,27 @@ def test_operators_are_well_formed_and_gradients_those_of_dense():
 
 @WGMMA
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("M", [1, 8, 17, 40, 128, 150, 300])
+@pytest.mark.parametrize(
+    ("kernel", "rows"), [("batch", [1, 8, 17, 40, 64, 150]), ("special", [9, 40, 128, 300]), ("expand", [300])]
+)
 @pytest.mark.parametrize(("N", "K"), [(1, 8), (64, 256), (200, 520), (1000, 1001), (4096, 1024)])
-def test_batches(N, K, M, dtype):
+def test_batches(N, K, kernel, rows, dtype, pinned):
+    pinned(kernel)
     weight = sparse(N, K, "0.6", dtype)
     packed = tile.pack(weight)
-    x, bias = (torch.randn(*shape, dtype=dtype, device=DEVICE) for shape in ((M, K), (N,)))
-    y = packed.matmul(x, bias)
-    assert relative_error(y, x.double() @ weight.double().t() + bias.double()) < TOLERANCE[dtype]
-    assert torch.equal(y, packed.matmul(x, bias))  # the same sum every time
-    assert not packed.arrived.any()
+    for M in rows:
+        x, bias = (torch.randn(*shape, dtype=dtype, device=DEVICE) for shape in ((M, K), (N,)))
+        y = packed.matmul(x, bias)
+        assert relative_error(y, x.double() @ weight.double().t() + bias.double()) < TOLERANCE[dtype]
+        assert torch.equal(y, packed.matmul(x, bias))  # the same sum every time
+        assert not packed.arrived.any()
 
 
 @WGMMA
-@pytest.mark.parametrize("M", [16, 64, 300])
-def test_more_extras_than_are_read_ahead(M):
+@pytest.mark.parametrize(("kernel", "M"), [("batch", 16), ("batch", 64), ("special", 64), ("expand", 300)])
+def test_more_extras_than_are_read_ahead(kernel, M, pinned):
     """A few rows are dense from column 512 on: later blocks have more extras than the first."""
+    pinned(kernel)
     weight = sparse(256, 2048, "0.99")
     weight[::8, 512:] = torch.randn(32, 1536, device=DEVICE).to(weight.dtype)
     packed = tile.pack(weight)
@@ -99,8 +104,9 @@ def test_more_extras_than_are_read_ahead(M):
 
 
 @WGMMA
-@pytest.mark.parametrize("M", [4, 64])
-def test_strided_rows(M):
+@pytest.mark.parametrize(("kernel", "M"), [("batch", 4), ("special", 64)])
+def test_strided_rows(kernel, M, pinned):
+    pinned(kernel)
     weight = balanced(256, 512, 128)
     packed = tile.pack(weight)
     wide = torch.randn(M, 700, dtype=weight.dtype, device=DEVICE)
@@ -110,8 +116,9 @@ def test_strided_rows(M):
 
 
 @WGMMA
-@pytest.mark.parametrize("M", [16, 300])
-def test_graphs_and_compile(M):
+@pytest.mark.parametrize(("kernel", "M"), [("batch", 16), ("special", 100), ("expand", 300)])
+def test_graphs_and_compile(kernel, M, pinned):
+    pinned(kernel)
     weight = balanced(512, 1024, 77)
     packed, x = tile.pack(weight), torch.randn(M, 1024, dtype=weight.dtype, device=DEVICE)
     want = packed.matmul(x)

@@ -27,3 +27,8 @@ def names() -> list[str]:
 
 def get(name: str) -> ModuleType:
     return registry.get(sys.modules[__name__], name)
+
+
+def name(kind: type[Packed]) -> str:
+    """Of the format whose dataclass this is."""
+    return kind.__module__.rpartition(".")[2]

@@ -89,6 +89,15 @@ def pack(weight: torch.Tensor) -> Tile:
     return Tile(values, gaps, extras, *others, _arrived(weight), *weight.shape)
 
 
+def is_balanced(weight: torch.Tensor) -> bool:
+    """Whether [N, K] keeps as many weights in every row of every whole block."""
+    whole = weight[:, : weight.shape[1] // COLUMNS * COLUMNS]
+    if not whole.numel():
+        return False
+    counts = (whole != 0).unflatten(1, (-1, COLUMNS)).sum(2)
+    return bool(counts.min() == counts.max())
+
+
 def pack_ref(weight: torch.Tensor) -> Tile:
     N, K = weight.shape
     rows = max(1, CHUNK // max(1, K) // (2 * ROWS)) * 2 * ROWS

@@ -1,0 +1,60 @@
+"""Which kernel of a format multiplies M rows of x fastest, and how fast: the nearest class of the measured table.
+
+Of what was not measured: the nearest measured shape, in doublings of N and of K; there the mask of the same kind, then the nearest
+share of weights kept; and the next larger measured M, because kernels take rows of x in steps. A kernel is out past the last M that it
+was measured at; an expansion, whose share of the time only falls, is not.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+from dlpkit.kernels.measured import SPEED
+
+EXPAND = "expand"  # to dense, followed by cuBLAS
+
+
+class Layer(NamedTuple):
+    """A class of layers that was measured. mask: unstructured, balanced (as many weights in every row of every 256 columns) or N:M."""
+
+    N: int
+    K: int
+    kept: float
+    mask: str
+
+    def __str__(self) -> str:
+        return f"{self.N} x {self.K}, {1 - self.kept:.0%} sparse, {self.mask}"
+
+
+class Choice(NamedTuple):
+    kernel: str
+    speed: float  # times cuBLAS on the dense weight at as many rows of x; 0 where nothing was measured
+    layer: Layer | None  # where it was measured
+
+
+def fastest(format: str, N: int, K: int, M: int, kept: float, mask: str = "unstructured") -> Choice:
+    """For M rows of x and an [N, K] weight packed in a format, `kept` of its values stored. Raises KeyError for a format without kernels."""
+    layer, kernels = _nearest(format, max(1, N), max(1, K), kept, mask)
+    speeds = {EXPAND: 0.0}
+    for kernel, measured in kernels.items():
+        enough = [rows for rows in measured if rows >= M]
+        if enough or kernel == EXPAND:
+            speeds[kernel] = measured[min(enough, default=max(measured))]
+    best = max(speeds, key=speeds.get)
+    return Choice(best, speeds[best], layer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(format: str, N: int, K: int, kept: float, mask: str) -> tuple[Layer, dict[str, dict[int, float]]]:
+    """The nearest class, and what was measured there: kernel -> M -> speed."""
+
+    def far(layer: Layer) -> tuple[float, bool, float]:
+        doublings = abs(math.log2(N / layer.N)) + abs(math.log2(K / layer.K))
+        return doublings, _kind(mask) != _kind(layer.mask), abs(kept - layer.kept)
+
+    layer = min((Layer(*where) for _, *where in SPEED[format]), key=far)
+    return layer, {kernel: speeds for (kernel, *where), speeds in SPEED[format].items() if Layer(*where) == layer}
+
+
+def _kind(mask: str) -> str:
+    return "N:M" if ":" in mask else mask
