@@ -5,29 +5,18 @@ python benchmarks/readme.py --check    # exit 1 if it is not up to date
 """
 
 import argparse
-import json
 import re
 import sys
-from pathlib import Path
 
-import plot
-import plot_tokens
+import rows
+import speed_tables
 
 from dlpkit.report import table
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def rows(file: str) -> list[dict]:
-    """The rows of a results file; of several with equal settings the last one counts."""
-    path = RESULTS / file
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def quality() -> str:
     """Perplexity by pattern, criterion and allocation; the best allocation of each criterion in bold."""
-    found = rows("quality-h100.jsonl")
+    found = rows.read("quality-h100.jsonl")
     by = {(r["pattern"], r["criterion"], r["allocation"]): r["perplexity"] for r in found}
     patterns, criteria, allocations = (list(dict.fromkeys(key[i] for key in by)) for i in range(3))
     lines = []
@@ -51,7 +40,7 @@ def number(value: float) -> str:
 
 def sizes() -> str:
     """Bytes of the pruned Linears on disk and in each runtime format."""
-    found = rows("sizes.jsonl")
+    found = rows.read("sizes.jsonl")
     formats = [key.removeprefix("memory_") for key in found[0] if key.startswith("memory_")]
     lines = []
     for row in found:
@@ -75,24 +64,6 @@ def sizes() -> str:
     return f"{table(lines, header)}\n\n{first['model']}, {first['criterion']}; {dense}; commit {first['commit']}."
 
 
-def kernels() -> str:
-    """Microseconds and speed-ups of every layer and number of rows, with what they were measured on."""
-    found = plot.matmul_rows(RESULTS / "h100.jsonl")
-    first = next(iter(found.values()))
-    commits = ", ".join(sorted({row["commit"] for row in found.values()}))
-    return f"{plot.table(found)}\n\n{first['gpu']}, {first['dtype']}, torch {first['torch']}, Triton {first['triton']}, commit {commits}."
-
-
-def packing() -> str:
-    """Time to pack and unpack one layer on the GPU, and the share of copy bandwidth that it is."""
-    found = {(r["N"], r["K"], r["kernel"], r["pattern"]): r for r in rows("h100.jsonl") if r["bench"] == "pack"}
-    lines = [
-        (f"{N} x {K}", verb, pattern, f"{r['us'] / 1e3:.2f} ms", f"{r['roof_pct']:.0f} %")
-        for (N, K, verb, pattern), r in found.items()
-    ]
-    return table(lines, ("layer", "what", "pattern", "time", "of copy bandwidth"))
-
-
 def recovery() -> str:
     return recoveries("recovery-h100.jsonl")
 
@@ -103,7 +74,7 @@ def recovery_cpu() -> str:
 
 def recoveries(file: str) -> str:
     """Perplexity of a weight-pruned model as each method trains it and as it is saved, with the share of zeros."""
-    found = rows(file)
+    found = rows.read(file)
     best = {}
     for row in found:  # of several learning rates, the one with the lowest validation loss
         if row["method"] not in best or lowest(row) < lowest(best[row["method"]]):
@@ -155,7 +126,7 @@ def widths(file: str) -> str:
 
     Of rows from several amounts of calibration text, those with the last row's.
     """
-    found = [row for row in rows(file) if row["bench"] == "width"]
+    found = [row for row in rows.read(file) if row["bench"] == "width"]
     found = [row for row in found if row["text_tokens"] == found[-1]["text_tokens"]]
     shown = {"held_out_loss": "C4 loss", "perplexity": "perplexity", "perplexity_recovered": "recovered"}
     columns = [
@@ -192,46 +163,13 @@ def widths(file: str) -> str:
     )
 
 
-def tokens() -> str:
-    """Tokens per second of every model, prompt and batch, beside the dense model in the same loop."""
-    found = plot_tokens.token_rows(RESULTS / "tokens-h100.jsonl")
-    patterns = list(dict.fromkeys(key[3] for key in found if key[3] != "dense"))
-    lines = []
-    for model, prompt, batch in dict.fromkeys(key[:3] for key in found):
-        dense = found[model, prompt, batch, "dense"]
-        cells = [found.get((model, prompt, batch, pattern)) for pattern in patterns]
-        packed = [f"{r['tokens_per_s']:.0f} **{r['speedup']:.2f}**" if r else "" for r in cells]
-        lines.append((model, prompt, batch, f"{dense['tokens_per_s']:.0f}, {dense['roof_pct']:.0f} %", *packed))
-    return f"{table(lines, ('shapes', 'prompt', 'batch', 'dense', *patterns))}\n\n{_measured_on(found)}"
-
-
-def first_token() -> str:
-    """Time to the first token and memory, beside the dense model."""
-    found = plot_tokens.token_rows(RESULTS / "tokens-h100.jsonl")
-    lines = [
-        (
-            model, prompt, pattern, f"{r['ttft_ms']:.1f} ms", f"{r['ttft_of_dense']:.2f}", f"{r['model_bytes'] / 1e9:.2f} GB",
-            f"{r['model_bytes'] / found[model, prompt, batch, 'dense']['model_bytes']:.1%}", f"{r['peak_bytes'] / 1e9:.1f} GB",
-        )
-        for (model, prompt, batch, pattern), r in found.items() if batch == 1
-    ]  # fmt: skip
-    header = ("shapes", "prompt", "pattern", "first token", "of dense", "model", "of dense", "peak")
-    return table(lines, header)
-
-
-def _measured_on(found: dict) -> str:
-    first = next(iter(found.values()))
-    commits = ", ".join(sorted({row["commit"] for row in found.values()}))
-    return f"{first['gpu']}, {first['dtype']}, torch {first['torch']}, Triton {first['triton']}, transformers {first['transformers']}, commit {commits}."
-
-
 def depth() -> str:
     """Perplexity of depth-pruned models by method and share of parameters removed, on each text that was measured."""
-    return "\n\n".join(depth_table(file) for file in ("depth-h100.jsonl", "depth-cpu.jsonl") if rows(file))
+    return "\n\n".join(depth_table(file) for file in ("depth-h100.jsonl", "depth-cpu.jsonl") if rows.read(file))
 
 
 def depth_table(file: str) -> str:
-    found = [row for row in rows(file) if row["bench"] == "depth-quality"]
+    found = [row for row in rows.read(file) if row["bench"] == "depth-quality"]
     by = {(row["method"], row["target"]): row["perplexity"] for row in found}
     methods, targets = dict.fromkeys(row["method"] for row in found), sorted({row["target"] for row in found})
     lines = [
@@ -248,7 +186,7 @@ def depth_table(file: str) -> str:
 def search() -> str:
     """What BlockPruner's search cost, against running the whole model for every candidate."""
     lines = []
-    for row in [*rows("depth-h100.jsonl"), *rows("depth-cpu.jsonl")]:
+    for row in [*rows.read("depth-h100.jsonl"), *rows.read("depth-cpu.jsonl")]:
         if row["bench"] in ("depth-search", "depth-7b"):
             machine = "CPU" if row["gpu"] == "none" else row["gpu"].split()[1]
             model = row.get("shapes", row.get("model"))
@@ -276,7 +214,7 @@ def search() -> str:
 
 def shorter() -> str:
     """Tokens per second and bytes of cache of Llama-3-8B shapes before and after depth pruning."""
-    found = [row for row in rows("depth-h100.jsonl") if row["bench"] == "depth-tokens"]
+    found = [row for row in rows.read("depth-h100.jsonl") if row["bench"] == "depth-tokens"]
     lines = [
         (
             row["what"],
@@ -296,6 +234,7 @@ def share(size: int | None, dense: int) -> str:
     return "" if size is None else f"{size / 1e6:.1f} MB, {size / dense:.1%}"
 
 
+README = rows.ROOT / "README.md"
 TABLES = {
     "quality": quality,
     "recovery": recovery,
@@ -307,10 +246,13 @@ TABLES = {
     "shorter": shorter,
     "width_options": width_options,
     "sizes": sizes,
-    "kernels": kernels,
-    "packing": packing,
-    "tokens": tokens,
-    "first token": first_token,
+    "kernels": speed_tables.kernels,
+    "batches": speed_tables.batches,
+    "picks": speed_tables.picks,
+    "culling": speed_tables.culling,
+    "packing": speed_tables.packing,
+    "tokens": speed_tables.tokens,
+    "first token": speed_tables.first_token,
 }
 
 
@@ -318,11 +260,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    before = (ROOT / "README.md").read_text(encoding="utf-8")
+    before = README.read_text(encoding="utf-8")
     after = filled(before)
     if check and after != before:
         sys.exit("README.md is not what benchmarks/results says: run python benchmarks/readme.py")
-    (ROOT / "README.md").write_text(after, encoding="utf-8")
+    README.write_text(after, encoding="utf-8")
 
 
 def filled(text: str) -> str:

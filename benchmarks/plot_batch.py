@@ -1,0 +1,45 @@
+"""Draw the rows of bench_batch.py: speed-up over cuBLAS by rows of x, a panel to a format, and where it crosses one.
+
+python benchmarks/plot_batch.py benchmarks/results/batch-h100.jsonl out.svg [14336x4096]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def batch_rows(path: Path) -> dict[tuple, dict]:
+    """Rows by (N, K, format, pattern, M); of several the last one counts."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {(r["N"], r["K"], r["format"], r["pattern"], r["M"]): r for r in rows if r["bench"] == "batch"}
+
+
+def draw(found: dict, path: str, shape: tuple[int, int]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {key[2:]: row["speedup"] for key, row in found.items() if key[:2] == shape}
+    formats, sizes = list(dict.fromkeys(key[0] for key in found)), sorted({key[2] for key in found})
+    figure, panels = plt.subplots(
+        1, len(formats), figsize=(1.5 + 4.5 * len(formats), 4.2), sharey=True, layout="constrained", squeeze=False
+    )
+    for axes, format in zip(panels.flat, formats, strict=True):
+        for pattern in dict.fromkeys(key[1] for key in found if key[0] == format):
+            line = {M: speed for (f, p, M), speed in sorted(found.items()) if (f, p) == (format, pattern)}
+            axes.plot(line.keys(), line.values(), "o-", label=pattern)
+        axes.set(xlabel="rows of x", title=format, xscale="log", xticks=sizes, xticklabels=sizes)
+        axes.tick_params(axis="x", labelsize=7, rotation=45)
+        axes.minorticks_off()
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    panels[0, 0].set(ylabel="times cuBLAS, bf16")
+    figure.suptitle("{} x {}".format(*shape))
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    shape = sys.argv[3] if len(sys.argv) > 3 else "14336x4096"
+    draw(batch_rows(Path(sys.argv[1])), sys.argv[2], tuple(map(int, shape.split("x"))))
