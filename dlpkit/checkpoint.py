@@ -39,7 +39,8 @@ class DlpkitConfig(QuantizationConfigMixin):
     """quantization_config of a packed or edited model.
 
     modules: [N, K, nonzero values] of every packed Linear by name. edits: dlpkit.edits as dicts. runtime: a format or "auto",
-    which picks for `batch` sequences decoded together.
+    which picks for `batch` sequences decoded together; transformers takes neither from its own `quantization_config` argument, so set them
+    in the `quantization_config` of the config that it is given, as `load` does.
     """
 
     def __init__(

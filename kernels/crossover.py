@@ -29,11 +29,13 @@ class Layer(NamedTuple):
 class Choice(NamedTuple):
     kernel: str
     speed: float  # times cuBLAS on the dense weight at as many rows of x; 0 where nothing was measured
-    layer: Layer | None  # where it was measured
+    layer: Layer | None  # where that was measured
 
 
 def fastest(format: str, N: int, K: int, M: int, kept: float, mask: str = "unstructured") -> Choice:
-    """For M rows of x and an [N, K] weight packed in a format, `kept` of its values stored. Raises KeyError for a format without kernels."""
+    """For M rows of x and an [N, K] weight packed in a format, `kept` of its values stored."""
+    if format not in SPEED:
+        return Choice(EXPAND, 0.0, None)
     layer, kernels = _nearest(format, max(1, N), max(1, K), kept, mask)
     speeds = {EXPAND: 0.0}
     for kernel, measured in kernels.items():

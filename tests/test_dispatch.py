@@ -1,5 +1,7 @@
 import dataclasses
+import importlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from dlpkit.kernels import crossover, dispatch, formats
 from dlpkit.kernels.crossover import Layer, fastest
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BF16 = torch.bfloat16
 BIG, SMALL = (14336, 4096), (1024, 4096)
 TABLE = {
@@ -165,6 +168,29 @@ def test_every_measured_format_is_one_that_packs():
             assert ":" in mask or mask in ("unstructured", "balanced")
             assert all(a < b for a, b in itertools.pairwise(speeds))
             assert all(speed > 0 for speed in speeds.values())
+
+
+def test_the_table_is_written_from_rows(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tune = importlib.import_module("tune_paths")
+    about = {"gpu": "a GPU", "torch": "2", "triton": "3", "commit": "abc"}
+    rows = [
+        about | {"format": format, "kernel": kernel, "N": N, "K": K, "pattern": pattern, "M": M, "speedup": speed}
+        for format, classes in TABLE.items()
+        for (kernel, N, K, kept, mask), speeds in classes.items()
+        for M, speed in speeds.items()
+        for pattern in [mask if ":" in mask else f"{1 - kept}{'@256' * (mask == 'balanced')}"]
+    ]
+    written: dict = {}
+    exec(tune.table([rows[0] | {"speedup": 9.0}, *rows]), written)  # the last row of several counts
+    assert written["SPEED"] == TABLE
+
+
+@pytest.mark.skipif(not (BENCHMARKS / "results" / "paths-h100.jsonl").exists(), reason="not measured yet")
+def test_the_table_that_ships_is_what_its_rows_say(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    rows, tune = importlib.import_module("rows"), importlib.import_module("tune_paths")
+    assert tune.TABLE.read_text() == tune.table(rows.read("paths-h100.jsonl"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
