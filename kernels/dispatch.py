@@ -19,6 +19,8 @@ DENSEST = 0.5  # share of weights kept up to which packed kernels were measured
 
 def choose(weight: torch.Tensor, batch: int = 1) -> tuple[str, str]:
     """[N, K] with zeros -> (format, reason in one sentence): the one measured to be fastest at `batch` rows of x, dense if none wins there."""
+    if batch < 1:
+        raise ValueError(f"batch is the rows of x that a weight will mostly multiply, at least 1, got {batch}")
     runs, reason = available(weight.device)
     if not runs:
         return "dense", reason
@@ -51,8 +53,6 @@ def choose_for(
 ) -> tuple[str, str]:
     """The same for a GPU where the kernels were measured, from what matters about a weight; `mask` as crossover.Layer has it."""
     N, K = shape
-    if batch < 1:
-        raise ValueError(f"batch is the rows of x that a weight will mostly multiply, at least 1, got {batch}")
     if dtype not in (torch.bfloat16, torch.float16):
         return "dense", f"the sparse kernels take 16-bit weights, this one is {str(dtype).removeprefix('torch.')}"
     if N * K < SMALLEST:

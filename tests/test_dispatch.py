@@ -103,7 +103,7 @@ def test_the_reason_names_what_was_measured(measured):
     assert dispatch.choose_for(BIG, BF16, 0.5, "unstructured") == ("sell", wins)
     assert "0.90 times as fast" in dispatch.choose_for(BIG, BF16, 0.5, "unstructured", 8)[1]
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        dispatch.choose_for(BIG, BF16, 0.5, "unstructured", 0)
+        dispatch.choose(torch.zeros(8, 8), batch=0)
 
 
 def test_without_gluon_tile_is_not_chosen(measured, monkeypatch):
