@@ -2,9 +2,8 @@
 
 out[b, h] = softmax(scale q[b, h] K[b, g]^T + bias[b]) V[b, g], where g is the key head that query head h shares with its group. A program
 takes the queries of one group, so that keys and values are read once whatever the group's size, and a stretch of the cache, so that
-a single sequence fills the GPU (Flash-Decoding). It skips blocks in which no slot may be seen. The stretches are merged by their
-log-sum-exp in plain torch, which torch.compile makes two small kernels. Bound by latency, and for long caches by the bytes of keys
-and values.
+a single sequence fills the GPU (Flash-Decoding). It skips blocks in which no slot may be seen. A second kernel merges the stretches by
+their log-sum-exp. Bound by the bytes of keys and values.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ def attend_ref(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Te
 @triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr,  # [B, H, D], [B, heads, L, D] twice, [B, L]
-    out_ptr, lse_ptr,  # [B, heads, splits, G, D], [B, heads, splits, G] float32
+    out_ptr, lse_ptr,  # [B, heads * G, splits, D], [B, heads * G, splits] float32
     heads, G, L, D, scale, lowest, stretch,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, stride_bb,
     BLOCK_G: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
@@ -66,47 +65,59 @@ def _attend_kernel(
             acc = acc * fade[:, None] + tl.dot(weights.to(DTYPE), v, input_precision="ieee")
             top = higher
     seen = total > 0
-    row = (pair.to(tl.int64) * tl.num_programs(1) + split) * G + offs_g
+    row = (pair.to(tl.int64) * G + offs_g) * tl.num_programs(1) + split
     tl.store(lse_ptr + row, tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), float("-inf")), mask=offs_g < G)
     out = acc / tl.where(seen, total, 1.0)[:, None]
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out, mask=mask_q)
 
 
-@torch.library.custom_op("dlpkit::attend_parts", mutates_args=())
-def attend_parts(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention within each stretch of the cache [B, heads, splits, G, D], and the log-sum-exp of its scores, float32."""
+@triton.jit
+def _merge_kernel(
+    out_ptr, lse_ptr, y_ptr,  # [rows, splits, D], [rows, splits] float32, [rows, D]; a row is a query head of a sequence
+    splits, D,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    mask = (offs_s < splits)[:, None] & (offs_d < D)[None, :]
+    out = tl.load(out_ptr + (row * splits + offs_s)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + row * splits + offs_s, mask=offs_s < splits, other=float("-inf"))
+    weights = tl.exp(lse - tl.max(lse, 0))  # [BLOCK_S]
+    y = tl.sum(out * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(y_ptr + row * D + offs_d, y.to(y_ptr.dtype.element_ty), mask=offs_d < D)
+
+
+@torch.library.custom_op("dlpkit::attend", mutates_args=())
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
     B, H, D = q.shape
     heads, L = k.shape[1], k.shape[2]
-    G, splits = H // heads, _splits(B * heads, L, q.device)
-    out = torch.empty(B, heads, splits, G, D, dtype=torch.float32, device=q.device)
-    lse = torch.empty(B, heads, splits, G, dtype=torch.float32, device=q.device)
-    q, k, v, bias = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, bias))
+    splits = max(1, min(triton.cdiv(L, BLOCK_L), multiprocessors(q.device) // (B * heads)))
     stretch = triton.cdiv(triton.cdiv(L, splits), BLOCK_L) * BLOCK_L
+    out = torch.empty(B, H, splits, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
+    y = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    q, k, v, bias = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, bias))
+    wide = max(ROWS, triton.next_power_of_2(D))
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         _attend_kernel[B * heads, splits](
             q, k, v, bias,
             out, lse,
-            heads, G, L, D, scale, torch.finfo(bias.dtype).min / 2, stretch,
+            heads, H // heads, L, D, scale, torch.finfo(bias.dtype).min / 2, stretch,
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], bias.stride(0),
-            BLOCK_G=max(ROWS, triton.next_power_of_2(G)), BLOCK_L=BLOCK_L, BLOCK_D=max(ROWS, triton.next_power_of_2(D)),
+            BLOCK_G=max(ROWS, triton.next_power_of_2(H // heads)), BLOCK_L=BLOCK_L, BLOCK_D=wide,
             DTYPE=DTYPES[q.dtype], num_warps=NUM_WARPS,
         )  # fmt: skip
-    return out, lse
+        _merge_kernel[(B * H,)](
+            out, lse, y,
+            splits, D,
+            BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=wide, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return y
 
 
-@attend_parts.register_fake
-def _attend_parts_fake(q, k, v, bias, scale):
-    B, H, D = q.shape
-    heads, L = k.shape[1], k.shape[2]
-    shape = B, heads, _splits(B * heads, L, q.device), H // heads
-    return q.new_empty(*shape, D, dtype=torch.float32), q.new_empty(*shape, dtype=torch.float32)
-
-
-def _splits(pairs: int, L: int, device: torch.device) -> int:
-    """Stretches of the cache: a program each, as many as there are multiprocessors for, and blocks."""
-    return max(1, min(triton.cdiv(L, BLOCK_L), multiprocessors(device) // pairs))
+@_attend.register_fake
+def _attend_fake(q, k, v, bias, scale):
+    return q.new_empty(q.shape)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
@@ -121,5 +132,4 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
         raise ValueError(f"attend wants q [B, H, D], k and v [B, heads, L, D] and bias [B, L], got {shapes}")
     if not use_triton(q, k, v, bias):
         return attend_ref(q, k, v, bias, scale)
-    out, lse = torch.ops.dlpkit.attend_parts(q, k, v, bias, scale)
-    return (lse.softmax(2)[..., None] * out).sum(2).view(B, H, D).to(q.dtype)
+    return torch.ops.dlpkit.attend(q, k, v, bias, scale)

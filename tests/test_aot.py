@@ -175,3 +175,11 @@ def test_attention_kernel(D, capability):
     source = ASTSource(attend._attend_kernel, kinds, constexprs=constants)
     options = {"num_warps": attend.NUM_WARPS}
     assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_merging_of_attention(capability):
+    constants = {"BLOCK_S": 16, "BLOCK_D": 128}
+    kinds = {"out_ptr": "*fp32", "lse_ptr": "*fp32", "y_ptr": "*bf16", "splits": "i32", "D": "i32"}
+    source = ASTSource(attend._merge_kernel, kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}).asm
