@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from shapes import NORM_SPREAD
+from shapes import norms
 from timing import stopwatch
 
 from dlpkit.kernels import statistics
@@ -18,8 +18,7 @@ READS = {"median": 2, "mean": 1, "outlier_share": 2}  # of the weights
 def block() -> list[Scores]:
     gen = torch.Generator("cuda").manual_seed(0)
     weights = [torch.randn(shape, generator=gen, device="cuda", dtype=torch.bfloat16) for shape in BLOCK]
-    scale = torch.randn(14336, generator=gen, device="cuda").mul(NORM_SPREAD).exp()
-    return [Scores(weight, scale[: weight.shape[1]].clone()) for weight in weights]
+    return [Scores(weight, norms(weight.shape[1], gen)) for weight in weights]
 
 
 def dense(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> torch.Tensor:

@@ -30,6 +30,11 @@ def sparse(shape, pattern: str, masks: str | None = None, seed: int = 0, device=
     return weight.view(N, -1, block).scatter_(2, drop, 0.0).view(N, K).to(dtype)
 
 
+def norms(K: int, generator: torch.Generator) -> torch.Tensor:
+    """[K] float32 norms of inputs, log-normal: a few inputs of a real layer are ten times the median."""
+    return torch.randn(K, generator=generator, device=generator.device).exp()
+
+
 def tiled(path: str, pattern: str, shape: tuple[int, int]) -> torch.Tensor:
     """[N, K] bool from the masks of a narrower model: other rows for every stretch of columns."""
     N, K = shape

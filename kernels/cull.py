@@ -26,7 +26,7 @@ from dlpkit.kernels.terms import INFINITE, arguments, score_bits
 
 RANKED = (2, 4, 8, 16, 32)  # group sizes that are ranked
 RANK_TILE = 1024  # scores of a program of 4 warps
-SMALL_TILE, SMALL_REGISTERS = 512, 80  # scores of a warp that searches several groups, registers of a thread
+SMALL_TILE, SMALL_REGISTERS = 256, 64  # scores of a warp that searches several groups, registers of a thread
 TILE, WARPS, REGISTERS = 2048, 8, 128  # the same for warps that search one group, and how many do at most
 WARP_REGISTERS = 2048  # of a multiprocessor: it holds as many warps as that many registers of a thread each
 LARGEST = tl.constexpr(0x7F7FFFFF)  # the bits of the largest finite number: padding, never before a score

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -45,6 +47,19 @@ def test_dlpkit_imports_point_up_the_list(path):
 
 def test_every_module_is_in_the_list():
     assert {room(path) for path in (ROOT / "dlpkit").rglob("*.py")} == set(ORDER)
+
+
+def test_every_benchmark_imports():
+    """They run on a GPU only; what they name has to exist everywhere."""
+    modules = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "conftest")
+    run = subprocess.run(
+        [sys.executable, "-c", f"import {', '.join(modules)}"],
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_installed_top_level_is_dlpkit_alone():
