@@ -7,7 +7,7 @@ are replayed as they came. One block at a time is on the device.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -106,6 +106,10 @@ class Stream:
                     self.hidden[batch] = out
 
 
+class _Enough(Exception):
+    """The body has run as far as it has to."""
+
+
 @contextmanager
 def _watching(block: nn.Module, arch: Arch, needs: set[str], collected: dict[str, Stats]) -> Iterator[None]:
     """Accumulate Stats of the first Linear of every group that shares an input."""
@@ -172,6 +176,8 @@ def _record(
             if index == 0:
                 hidden.append(hidden_states)
             calls[index].append(_keep((args, kwargs), kept, seen, device))
+            if index == len(blocks) - 1:
+                raise _Enough  # the final norm takes the host as long as all else
             return (hidden_states,) if as_tuple else hidden_states
 
         return forward
@@ -201,7 +207,12 @@ def _stubbed(blocks: nn.ModuleList, forwards: list[Callable]) -> Iterator[None]:
 def _returns_tuple(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor) -> bool:
     """Whether a block answers with a tuple, as in transformers 4 for some models: asked of block 0 itself."""
     answer = []
-    handle = blocks[0].register_forward_hook(lambda module, args, output: answer.append(isinstance(output, tuple)))
+
+    def hook(module: nn.Module, args: tuple, output: object) -> None:
+        answer.append(isinstance(output, tuple))
+        raise _Enough
+
+    handle = blocks[0].register_forward_hook(hook)
     try:
         _run_body(model, batch)
     finally:
@@ -215,7 +226,7 @@ def _body(model: nn.Module) -> nn.Module:
 
 
 def _run_body(model: nn.Module, batch: torch.Tensor) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), suppress(_Enough):
         _body(model)(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
 
 

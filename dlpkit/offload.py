@@ -1,7 +1,8 @@
 """What does not fit the device waits on the host, and travels while the device computes.
 
 Copies run on a stream of their own beside the current one. Memory that one stream allocates and another uses is recorded with it, so
-the allocator hands it out again only when both are done.
+the allocator hands it out again only when both are done. The device copies from and to pinned memory only without keeping the host waiting,
+so what lies elsewhere passes through some.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,13 +20,16 @@ class Copies:
     def __init__(self, device: torch.device):
         self.device = torch.empty(0, device=device).device  # with its index
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.landing: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # homes, and the pinned memory that is on the way to them
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device, under way: `arrived` before it is used. A tensor that is there already is itself."""
         if self.stream is None or tensor.device == self.device:
             return tensor.to(self.device)
         with torch.cuda.stream(self.stream):
-            return tensor.to(self.device, non_blocking=True)
+            return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def arrived(self, *tensors: torch.Tensor) -> None:
         """Let the current stream wait for what was fetched so far."""
@@ -44,14 +48,20 @@ class Copies:
         if self.stream is None:
             home.copy_(tensor)
             return
+        pinned = home if home.is_pinned() else torch.empty_like(home, pin_memory=True)
         self.stream.wait_event(after)
         with torch.cuda.stream(self.stream):
-            home.copy_(tensor, non_blocking=True)
+            pinned.copy_(tensor, non_blocking=True)
         tensor.record_stream(self.stream)
+        if pinned is not home:
+            self.landing.append((home, pinned))
 
     def finish(self) -> None:
         if self.stream is not None:
             self.stream.synchronize()
+        for home, pinned in self.landing:
+            home.copy_(pinned)
+        self.landing = []
 
 
 class Resident:

@@ -82,7 +82,10 @@ def test_hidden_states_come_in_order_and_can_be_replaced():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")
 @pytest.mark.parametrize(("criterion", "pattern"), [("wanda", 0.5), ("ria", "2:4"), ("sparsegpt", 0.5)])
 def test_where_things_wait_changes_nothing(criterion, pattern, tokens, monkeypatch):
-    """A model on the GPU, one that comes block by block, and one whose hidden states wait on the host too: the same weights."""
+    """A model on the GPU, one that comes block by block, and one whose hidden states wait on the host too: the same weights.
+
+    The rotary tables of a model on the host are computed there: the last bit may differ, and with it what SparseGPT adds to a weight.
+    """
 
     def pruned(home, share):
         monkeypatch.setattr(offload, "RESIDENT_SHARE", share)
@@ -92,5 +95,7 @@ def test_where_things_wait_changes_nothing(criterion, pattern, tokens, monkeypat
         return torch.cat([linear.weight.flatten().cpu() for _, linear in archs.model_linears(model, archs.of(model))])
 
     expected = pruned("cuda", 0.25)
-    assert torch.equal(pruned("cpu", 0.25), expected)
-    assert torch.equal(pruned("cpu", 0.0), expected)
+    away = pruned("cpu", 0.25)
+    assert torch.equal(away == 0, expected == 0)
+    torch.testing.assert_close(away, expected, rtol=1e-5, atol=1e-5)  # float32, weights of 0.1
+    assert torch.equal(pruned("cpu", 0.0), away)
