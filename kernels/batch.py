@@ -29,6 +29,7 @@ LAUNCH = {"batch": (16, 64), "special": (64, 128)}  # kernel -> fewest and most 
 RESIDENT = {16: 4, 32: 4, 64: 3}  # M of the kernel -> programs of a multiprocessor: H100, 14336 x 4096
 REGISTERS = {16: 128, 32: 128, 64: 168}  # of a thread
 ROWS = gl.constexpr(64)  # of a tile
+ROUNDS = gl.constexpr(4)  # of extras that are read ahead, one to a thread
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -50,16 +51,16 @@ def _batch_kernel(
     last = gl.minimum(first_unit + U, units)
     tile = first_unit // B
     b = first_unit - tile * B
-    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half, ROWS)
+    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
     stream, ring = start(values_ptr, gaps_ptr, first, left, lane)
-    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane)
+    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
     acc = gl.zeros([ROWS, M], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16]))
     for unit in range(first_unit, last):
         for i in gl.static_range(4):
             fetch(xs.index(i), x_ptr, m, k, b * COLUMNS + 64 * i, x_rows, octets, stride_x)
         clear(me, 4)
         barrier()
-        put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, mine, me)
+        put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, mine, me, ROUNDS)
         stream, ring = walk(stream, ring, steps, me)
 
         fresh = (unit == first_unit) | (b == 0)
@@ -68,8 +69,8 @@ def _batch_kernel(
         b += 1
         tile = gl.where(b == B, tile + 1, tile)
         b = gl.where(b == B, 0, b)
-        steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half, ROWS)
-        ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(unit < last - 1, more, 0), lane)
+        steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
+        ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(unit < last - 1, more, 0), lane, ROUNDS)
 
         async_copy.wait_group(0)
         fence_async_shared()
@@ -114,7 +115,7 @@ def multiply(
             launched, options["maxnreg"] = _batch_kernel, REGISTERS[M]
         else:
             launched = special.special_kernel
-            options |= {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS[M]}
+            options |= {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS}
         launched[(programs,)](
             part, *weight, y if bias is None else bias, y[i:], parts, arrived,
             N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, atoms, B, tiles * B, U, **options,

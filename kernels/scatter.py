@@ -20,7 +20,6 @@ from triton.experimental.gluon import language as gl
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 COLUMNS = gl.constexpr(256)  # of a block
-ROUNDS = gl.constexpr(4)  # of extras that are read ahead, one to a thread
 
 
 def _step_ptx() -> str:
@@ -101,35 +100,16 @@ def walker(thread, TILE: gl.constexpr):
 
 
 @gluon.jit
-def find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half, ROWS: gl.constexpr):
-    """Where to read block b of a tile: steps of all lanes, most extras; of each lane the first step, steps left in its stream, first
-    extra and number of extras. A stream is the blocks that follow each other in memory, up to unit `last`.
+def find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half):
+    """Where to read block b of a tile of 64 rows: steps and extras; of each lane the first step, the steps left up to unit `last`, the
+    first extra and how many.
     """
-    if ROWS == 64:
-        at = gl.minimum(tile * B + b, atoms * B - 1)
-        first = gl.load(starts_ptr + at)
-        extra = gl.load(extra_starts_ptr + at)
-        more = gl.load(extra_starts_ptr + at + 1) - extra
-        left = gl.load(starts_ptr + last) - first
-        return gl.load(starts_ptr + at + 1) - first, more, first + half, left + half, extra + half, more + half
-    else:
-        upper = gl.minimum(tile * 2, atoms - 1) * B + b
-        there = tile * 2 + 1 < atoms
-        lower = gl.where(there, upper + B, upper)
-        stop = gl.maximum(gl.minimum(B - b, last - tile * B - b), 0)
-        first = gl.load(starts_ptr + upper)
-        extra = gl.load(extra_starts_ptr + upper)
-        more = gl.load(extra_starts_ptr + upper + 1) - extra
-        left = gl.load(starts_ptr + upper + stop) - first
-        first2 = gl.load(starts_ptr + lower)
-        extra2 = gl.load(extra_starts_ptr + lower)
-        more2 = gl.where(there, gl.load(extra_starts_ptr + lower + 1) - extra2, 0)
-        left2 = gl.where(there, gl.load(starts_ptr + lower + stop) - first2, 0)
-        above = half == 0
-        return (
-            gl.load(starts_ptr + upper + 1) - first, gl.maximum(more, more2),
-            gl.where(above, first, first2), gl.where(above, left, left2), gl.where(above, extra, extra2), gl.where(above, more, more2),
-        )  # fmt: skip
+    at = gl.minimum(tile * B + b, atoms * B - 1)
+    first = gl.load(starts_ptr + at)
+    extra = gl.load(extra_starts_ptr + at)
+    more = gl.load(extra_starts_ptr + at + 1) - extra
+    left = gl.load(starts_ptr + last) - first
+    return gl.load(starts_ptr + at + 1) - first, more, first + half, left + half, extra + half, more + half
 
 
 @gluon.jit
@@ -162,14 +142,17 @@ def _read_extra(at, left, PTX: gl.constexpr):
 
 
 @gluon.jit
-def read_extras(extras_ptr, places_ptr, extra, more, lane):
-    """The first four rounds of a block's extras with their places, and how many there are from this thread's first on."""
+def read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS: gl.constexpr):
+    """The first one or four rounds of a block's extras with their places, and how many there are from this thread's first on."""
     at = extras_ptr + extra + lane, places_ptr + extra + lane
     left = more - lane
-    return (
-        _read_extra(at, left, EXTRA0), _read_extra(at, left, EXTRA1),
-        _read_extra(at, left, EXTRA2), _read_extra(at, left, EXTRA3),
-    ), left  # fmt: skip
+    if ROUNDS == 1:
+        return (_read_extra(at, left, EXTRA0),), left
+    else:
+        return (
+            _read_extra(at, left, EXTRA0), _read_extra(at, left, EXTRA1),
+            _read_extra(at, left, EXTRA2), _read_extra(at, left, EXTRA3),
+        ), left  # fmt: skip
 
 
 @gluon.jit
@@ -185,13 +168,14 @@ def _put(extra, left, to, PTX: gl.constexpr):
 
 
 @gluon.jit
-def put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, left, me):
+def put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, left, me, ROUNDS: gl.constexpr):
     """Store a block's extras, those read ahead and any others."""
     to = me[6]
     _put(ahead[0], left, to, PUT0)
-    _put(ahead[1], left, to, PUT1)
-    _put(ahead[2], left, to, PUT2)
-    _put(ahead[3], left, to, PUT3)
+    if ROUNDS == 4:
+        _put(ahead[1], left, to, PUT1)
+        _put(ahead[2], left, to, PUT2)
+        _put(ahead[3], left, to, PUT3)
     # opaque: Triton 3.6 and 3.7 drop what a loop carries if it is only the end of another loop
     for done in range(ROUNDS * 128, opaque(most), 128):
         value = gl.load(extras_ptr + extra + done + lane, mask=done < left, other=0).to(gl.int32)

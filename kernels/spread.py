@@ -8,7 +8,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dlpkit.kernels.batch import DTYPES
+from dlpkit.kernels.batch import DTYPES, ROUNDS
 from dlpkit.kernels.scatter import COLUMNS, barrier, clear, find, opaque, put_extras, read_extras, start, walk, walker
 
 ROWS = gl.constexpr(64)  # of a tile
@@ -31,13 +31,13 @@ def _spread_kernel(
     last = gl.minimum(first_unit + U, units)
     tile = first_unit // B
     b = first_unit - tile * B
-    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half, ROWS)
+    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
     stream, ring = start(values_ptr, gaps_ptr, first, left, lane)
-    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane)
+    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
     for unit in range(first_unit, last):
         clear(me, 4)
         barrier()
-        put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, mine, me)
+        put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, mine, me, ROUNDS)
         stream, ring = walk(stream, ring, steps, me)
         barrier()
         for i in gl.static_range(4):
@@ -48,8 +48,8 @@ def _spread_kernel(
         b += 1
         tile = gl.where(b == B, tile + 1, tile)
         b = gl.where(b == B, 0, b)
-        steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half, ROWS)
-        ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(unit < last - 1, more, 0), lane)
+        steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
+        ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(unit < last - 1, more, 0), lane, ROUNDS)
         barrier()
 
 
