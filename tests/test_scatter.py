@@ -42,7 +42,7 @@ def check_tiles_come_first(asm, size):
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize(("dtype", "M"), [(gl.bfloat16, 16), (gl.float16, 32)])
+@pytest.mark.parametrize(("dtype", "M"), [(gl.bfloat16, 16), (gl.float16, 32), (gl.bfloat16, 64)])
 def test_batch_compiles(dtype, M, split):
     asm = compiled(batch._batch_kernel, dtype, batch.REGISTERS[M], M=M, BIAS=True, SPLIT=split)
     assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
