@@ -13,9 +13,9 @@ from dlpkit.sparse import FusedLinear, SparseLinear
 def pack_linears(model: nn.Module, format: str = "auto", batch: int = 1) -> dict[str, SparseLinear]:
     """Replace the prunable Linears of a causal LM by packed SparseLinears, in place -> them by name.
 
-    format: one of dlpkit.kernels.formats, or "auto" for the one that the dispatcher picks for the weight, its device and a batch: the
-    sequences that are decoded together, so the rows of x that the weight mostly multiplies. Linears that read the same input are packed as one unless the dense kernel runs them. Zeros lose their sign: `weight * mask` leaves -0.0, which
-    has a bit set and would be stored as a value.
+    format: one of dlpkit.kernels.formats, or "auto" for the one that the dispatcher picks for the weight, its device and the batch, the
+    sequences decoded together, which is the rows of x that it mostly multiplies. Linears that read the same input are packed as one
+    unless the dense kernel runs them. Zeros lose their sign: `weight * mask` leaves -0.0, which has a bit set and would be stored as a value.
     """
     arch = archs.of(model)
     for index in range(len(archs.blocks(model, arch))):
