@@ -12,8 +12,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 every_format = pytest.mark.parametrize("format", formats.names())
 
 
-def linear_2_4(N=40, K=64, bias=True, dtype=torch.float32):
-    """A Linear whose weight is 2:4, so that every format takes it."""
+def linear_2_4(N=48, K=64, bias=True, dtype=torch.float32):
+    """A Linear whose weight is 2:4 with sides in multiples of 16, so that every format takes it."""
     linear = nn.Linear(K, N, bias=bias, dtype=dtype)
     keep = torch.rand(N, K // 4, 4).argsort(2) < 2
     linear.weight.data.mul_(keep.view(N, K))
@@ -33,16 +33,16 @@ def test_drop_in_for_linear(format, dtype, bias, leading, device):
     sparse = packed(linear, format)
     x = torch.randn(*leading, 64, device=device).to(dtype)
     out = sparse(x)
-    assert out.shape == (*leading, 40)
+    assert out.shape == (*leading, 48)
     assert out.dtype == dtype
     torch.testing.assert_close(out, linear(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    assert (sparse.in_features, sparse.out_features, sparse.weight.dtype) == (64, 40, dtype)
+    assert (sparse.in_features, sparse.out_features, sparse.weight.dtype) == (64, 48, dtype)
     assert isinstance(sparse, nn.Linear)
 
 
 @every_format
-def test_state_dict_is_the_stored_form_whatever_runs(format):
-    linear = linear_2_4(dtype=torch.bfloat16)
+def test_state_dict_is_the_stored_form_whatever_runs(format, device):
+    linear = linear_2_4(dtype=torch.bfloat16).to(device)
     sparse = packed(linear, format)
     state = sparse.state_dict()
     assert set(state) == {"weight", "weight_mask", "weight_offsets", "bias"}
