@@ -2,12 +2,13 @@
 
 Both are read off one table, measured.py, of how fast every kernel is by layer, mask and rows of x, by the rule of crossover.py for
 what it does not hold. A weight is packed for the batch that it will mostly multiply; at any other number of rows the fastest
-kernel of its format runs, which may be an expansion to dense at every call.
+kernel of its format runs, which may be an expansion to dense at every call. `cusparselt` is not in the table: it runs where it is asked for
+by name.
 """
 
 import torch
 
-from dlpkit.kernels import crossover, formats, storage
+from dlpkit.kernels import algorithms, crossover, formats, storage
 from dlpkit.kernels.formats import Packed, nm, tile
 from dlpkit.kernels.measured import SPEED
 from dlpkit.kernels.runtime import GLUON, HAS_GLUON, HAS_TRITON, use_wgmma
@@ -68,7 +69,7 @@ def choose_for(
 def explain(packed: Packed, M: int) -> tuple[str, str]:
     """(kernel, reason): what multiplies M rows of x by a packed weight where it lives. Of a dense one, what the best sparse kernel would do.
 
-    Kernels: cublas, reference, walk, pick, batch, special, expand (which is followed by cuBLAS).
+    Kernels: cublas, reference, walk, pick, batch, special, cusparselt, expand (which is followed by cuBLAS).
     """
     format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
     if format == "dense":
@@ -77,6 +78,10 @@ def explain(packed: Packed, M: int) -> tuple[str, str]:
         return "reference", "Triton's kernels take 16-bit weights on a GPU: decoded to dense at every call"
     if format == "tile" and not use_wgmma(device):
         return "expand", f"the batch kernels want a Hopper GPU and Triton {' or '.join(GLUON)}"
+    if format == "cusparselt":
+        few = f"slower than cuBLAS on most dense weights below {algorithms.FEWEST} rows of x"
+        many = f"faster than cuBLAS from {algorithms.FEWEST} rows of x on, less the half millisecond of the host that a product takes outside CUDA graphs"
+        return "cusparselt", f"on an H100 cuSPARSELt is {few if M < algorithms.FEWEST else many}"
     kernel, speed, layer = crossover.fastest(format, N, K, M, packed.values.numel() / max(1, N * K))
     if not speed:
         return kernel, f"nothing of {format} was measured at {_rows(M)}"

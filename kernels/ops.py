@@ -9,7 +9,7 @@ import contextlib
 
 import torch
 
-from dlpkit.kernels import blocks, crossover, expand, pick, walk
+from dlpkit.kernels import blocks, crossover, expand, pick, vendor, walk
 from dlpkit.kernels.runtime import HAS_GLUON, use_wgmma
 
 if HAS_GLUON:
@@ -28,6 +28,8 @@ torch.library.define(
 torch.library.define("dlpkit::nm_dense", f"({NM}, {GRID}, int n, int m, int step, int steps) -> Tensor")
 torch.library.define("dlpkit::tile_matmul", f"(Tensor x, Tensor? bias, {TILE}, int N, int K) -> Tensor")
 torch.library.define("dlpkit::tile_dense", f"({TILE}, int N, int K) -> Tensor")
+torch.library.define("dlpkit::cusparselt_matmul", "(Tensor x, Tensor? bias, Tensor values, int N, int K) -> Tensor")
+torch.library.define("dlpkit::cusparselt_dense", "(Tensor values, int N, int K) -> Tensor")
 
 
 def _kernel(name: str):
@@ -94,6 +96,16 @@ def _tile_matmul(x, bias, values, gaps, extras, places, starts, extra_starts, ar
     return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
 
+@_kernel("dlpkit::cusparselt_dense")
+def _cusparselt_dense(values, N, K):
+    return vendor.dense(values, N, K)
+
+
+@_kernel("dlpkit::cusparselt_matmul")
+def _cusparselt_matmul(x, bias, values, N, K):
+    return vendor.multiply(x, values, bias, N, K)
+
+
 @torch.library.register_fake("dlpkit::sell_dense")
 def _sell_dense_fake(values, gaps, bases, order, pairs, steps, N, K, rows, segments):
     return values.new_empty(N, K)
@@ -107,6 +119,16 @@ def _nm_dense_fake(values, codes, N, K, *grid):
 @torch.library.register_fake("dlpkit::tile_dense")
 def _tile_dense_fake(values, gaps, extras, places, starts, extra_starts, arrived, N, K):
     return values.new_empty(N, K)
+
+
+@torch.library.register_fake("dlpkit::cusparselt_dense")
+def _cusparselt_dense_fake(values, N, K):
+    return values.new_empty(N, K)
+
+
+@torch.library.register_fake("dlpkit::cusparselt_matmul")
+def _cusparselt_matmul_fake(x, bias, values, N, K):
+    return x.new_empty(x.shape[0], N)
 
 
 @torch.library.register_fake("dlpkit::tile_matmul")
@@ -142,3 +164,6 @@ def _backward(dense):
 torch.library.register_autograd("dlpkit::sell_matmul", _backward(torch.ops.dlpkit.sell_dense), setup_context=_keep)
 torch.library.register_autograd("dlpkit::nm_matmul", _backward(torch.ops.dlpkit.nm_dense), setup_context=_keep)
 torch.library.register_autograd("dlpkit::tile_matmul", _backward(torch.ops.dlpkit.tile_dense), setup_context=_keep)
+torch.library.register_autograd(
+    "dlpkit::cusparselt_matmul", _backward(torch.ops.dlpkit.cusparselt_dense), setup_context=_keep
+)

@@ -19,6 +19,14 @@ def use_wgmma(device: torch.device) -> bool:
     return device.type == "cuda" and HAS_GLUON and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def use_cusparselt(device: torch.device) -> bool:
+    """Whether torch has NVIDIA's library for 2:4 sparsity and the device has the tensor cores for it."""
+    if device.type != "cuda" or not HAS_TRITON or torch.version.cuda is None:
+        return False
+    return torch.backends.cusparselt.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def use_triton(*tensors: torch.Tensor | None) -> bool:
     """Whether the Triton kernels run on these tensors; where they do not, the torch references do."""
     return HAS_TRITON and (INTERPRET or all(t is None or t.is_cuda for t in tensors))
