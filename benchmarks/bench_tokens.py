@@ -42,7 +42,7 @@ def main() -> None:
     dense: dict[tuple, tuple[dict, torch.Tensor]] = {}
     args.rows.parent.mkdir(parents=True, exist_ok=True)
     for pattern, model in variants(args.model, args.patterns, args.format):
-        for prompt, batch in itertools.product(args.prompts, args.batches):
+        for batch, prompt in args.pairs:
             torch._dynamo.reset()
             if args.format == "auto":
                 rewrite(model, lambda name, weight: weight, batch=batch)
@@ -139,10 +139,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--format", default="auto", help="of packed weights; tile is for batches")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--prompts", nargs="+", type=int, default=PROMPTS)
+    parser.add_argument("--pairs", nargs="+", help="batch and prompt, as 8x128, instead of all batches with all prompts")
     parser.add_argument("--tokens", type=int, default=256, help="new tokens")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--commit", help="what to record where there is no git checkout")
-    return parser.parse_args()
+    args = parser.parse_args()
+    pairs = [map(int, pair.split("x")) for pair in args.pairs or ()]
+    args.pairs = [tuple(pair) for pair in pairs or itertools.product(args.batches, args.prompts)]
+    return args
 
 
 if __name__ == "__main__":
