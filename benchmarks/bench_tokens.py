@@ -70,6 +70,7 @@ def main() -> None:
                 flush=True,
             )
         del model
+        torch._dynamo.reset()  # compiled blocks hold the model's weights
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -139,7 +140,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--format", default="auto", help="of packed weights; tile is for batches")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--prompts", nargs="+", type=int, default=PROMPTS)
-    parser.add_argument("--pairs", nargs="+", help="batch and prompt, as 8x128, instead of all batches with all prompts")
+    parser.add_argument(
+        "--pairs", nargs="+", help="batch and prompt, as 8x128, instead of all batches with all prompts"
+    )
     parser.add_argument("--tokens", type=int, default=256, help="new tokens")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--commit", help="what to record where there is no git checkout")

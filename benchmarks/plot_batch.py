@@ -1,6 +1,6 @@
-"""Draw the rows of bench_batch.py: speed-up over cuBLAS by rows of x, a panel to a format, and where it crosses one.
+"""Draw how a format's fastest kernel compares with cuBLAS by rows of x, a panel to a format, and where it crosses one.
 
-python benchmarks/plot_batch.py benchmarks/results/batch-h100.jsonl out.svg [14336x4096]
+python benchmarks/plot_batch.py benchmarks/results/paths-h100.jsonl benchmarks/results/batch-h100.jsonl out.svg [14336x4096]
 """
 
 import json
@@ -8,10 +8,18 @@ import sys
 from pathlib import Path
 
 
-def batch_rows(path: Path) -> dict[tuple, dict]:
-    """Rows by (N, K, format, pattern, M); of several the last one counts."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {(r["N"], r["K"], r["format"], r["pattern"], r["M"]): r for r in rows if r["bench"] == "batch"}
+def batch_rows(*paths: Path) -> dict[tuple, dict]:
+    """Rows by (N, K, format, pattern, M). Of the kernels that tune_paths.py timed one by one the fastest; of bench_batch.py, which times
+    what the dispatcher picks, the last row, where the first have none.
+    """
+    rows = [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
+    found: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["bench"]):  # batch, then paths
+        key = row["N"], row["K"], row["format"], row["pattern"], row["M"]
+        before = found.get(key)
+        if not before or before["bench"] == "batch" or before["us"] > row["us"]:
+            found[key] = row
+    return dict(sorted(found.items(), key=lambda item: (-item[0][0], -item[0][1], *item[0][2:])))
 
 
 def draw(found: dict, path: str, shape: tuple[int, int]) -> None:
@@ -41,5 +49,6 @@ def draw(found: dict, path: str, shape: tuple[int, int]) -> None:
 
 
 if __name__ == "__main__":
-    shape = sys.argv[3] if len(sys.argv) > 3 else "14336x4096"
-    draw(batch_rows(Path(sys.argv[1])), sys.argv[2], tuple(map(int, shape.split("x"))))
+    *results, out = [name for name in sys.argv[1:] if not name[0].isdigit()]
+    shape = sys.argv[-1] if sys.argv[-1] != out else "14336x4096"
+    draw(batch_rows(*map(Path, results)), out, tuple(map(int, shape.split("x"))))

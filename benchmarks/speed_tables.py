@@ -6,8 +6,13 @@ import plot
 import plot_batch
 import plot_tokens
 import rows
+from shapes import density
 
+from dlpkit.kernels import crossover
+from dlpkit.kernels.measured import SPEED
 from dlpkit.report import table
+
+PICKED = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512, 2048)  # rows of x
 
 
 def kernels() -> str:
@@ -18,7 +23,7 @@ def kernels() -> str:
 
 def batches() -> str:
     """Speed-ups over rows of x, by layer, format and pattern, winning ones in bold; a section of its own, if there are rows."""
-    found = plot_batch.batch_rows(rows.FOLDER / "batch-h100.jsonl")
+    found = plot_batch.batch_rows(rows.FOLDER / "paths-h100.jsonl", rows.FOLDER / "batch-h100.jsonl")
     if not found:
         return ""
     sizes, lines = sorted({key[4] for key in found}), []
@@ -38,22 +43,26 @@ def batches() -> str:
 
 
 def picks() -> str:
-    """What is fastest by layer, pattern and rows of x of all that tune_paths.py measured; a section of its own, if there are rows."""
-    found = {(r["N"], r["K"], r["format"], r["kernel"], r["pattern"], r["M"]): r for r in rows.read("paths-h100.jsonl")}
+    """The dispatcher's choice by layer, pattern and rows of x, on what tune_paths.py measured; a section of its own, if there are rows."""
+    found = {(r["N"], r["K"], r["pattern"]): r for r in rows.read("paths-h100.jsonl")}
     if not found:
         return ""
-    sizes, lines = [M for M in sorted({key[5] for key in found}) if M <= 128], []
-    for N, K, pattern in dict.fromkeys((key[0], key[1], key[4]) for key in found):
-        fits = {pattern, pattern.partition("@")[0]}  # what takes any mask was measured on plain ones
-        here = [row for key, row in found.items() if key[:2] == (N, K) and key[4] in fits]
-        best = [max((r for r in here if r["M"] == M), key=lambda r: r["speedup"], default=None) for M in sizes]
-        cells = [
-            "" if not r else f"{r['format']} {times(r['speedup'])}" if r["speedup"] >= 1 else "dense" for r in best
-        ]
+    lines = []
+    for N, K, pattern in found:
+        mask = pattern if ":" in pattern else "balanced" if "@" in pattern else "unstructured"
+        cells = []
+        for M in PICKED:
+            best = {
+                format: crossover.fastest(format, N, K, M, density(pattern), mask)
+                for format in SPEED
+                if ":" in mask or format != "nm"
+            }
+            format = max(best, key=lambda format: best[format].speed)
+            cells.append(f"{format} {times(best[format].speed)}" if best[format].speed >= 1 else "dense")
         lines.append((f"{N} x {K}", pattern, *cells))
     return (
-        f"### What the dispatcher picks\n\nThe fastest format by rows of x and times cuBLAS, or dense where none wins (`python "
-        f"benchmarks/tune_paths.py`).\n\n{table(lines, ('layer', 'pattern', *sizes))}\n\n{_on(found.values())}"
+        f"### What the dispatcher picks\n\nThe format for a batch, and times cuBLAS as measured there or at the nearest layer; dense where none "
+        f"wins (`python benchmarks/tune_paths.py`).\n\n{table(lines, ('layer', 'pattern', *PICKED))}\n\n{_on(found.values())}"
     )
 
 

@@ -3,6 +3,7 @@
     python benchmarks/tune_paths.py --rows benchmarks/results/paths-h100.jsonl [--formats tile --shapes 4096x4096 --patterns 0.5@256]
     python benchmarks/tune_paths.py --rows benchmarks/results/paths-h100.jsonl --table    # measure nothing, write the table of all rows
 
+Layers that bench_matmul.py measured, in h100.jsonl beside the rows, are in the table too.
 `--warm` only compiles: kernels compile one after the other in a process, so run several of them, of other shapes, before measuring.
 """
 
@@ -60,7 +61,7 @@ def main() -> None:
             with args.rows.open("a") as file:
                 for row in found:
                     file.write(json.dumps(row | {"roof_pct": round(100 * row["gbps"] / roof, 1)} | where) + "\n")
-    TABLE.write_text(table([json.loads(line) for line in args.rows.read_text().splitlines()]), encoding="utf-8")
+    TABLE.write_text(table(table_rows(args.rows)), encoding="utf-8")
     if wrong:
         raise SystemExit(f"products that are wrong, and left out: {wrong}")
 
@@ -122,6 +123,15 @@ def show(found: list[dict]) -> None:
         first = found[0]
         what = f"{first['N']:6} x {first['K']:5} {first['format']:5} {first['pattern']:8} {kernel:8}"
         print(what, "  ".join(line), flush=True)
+
+
+def table_rows(path: Path) -> list[dict]:
+    """What the table is written from, last what counts most: the kernels one by one, before them random masks of bench_matmul.py."""
+    beside = path.parent / "h100.jsonl"
+    both = [
+        [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [] for file in (beside, path)
+    ]
+    return [row for row in both[0] if row["bench"] == "matmul" and row["mask"] == "random"] + both[1]
 
 
 def table(rows: list[dict]) -> str:

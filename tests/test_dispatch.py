@@ -190,7 +190,7 @@ def test_the_table_is_written_from_rows(monkeypatch):
 def test_the_table_that_ships_is_what_its_rows_say(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     rows, tune = importlib.import_module("rows"), importlib.import_module("tune_paths")
-    assert tune.TABLE.read_text() == tune.table(rows.read("paths-h100.jsonl"))
+    assert tune.TABLE.read_text() == tune.table(tune.table_rows(rows.FOLDER / "paths-h100.jsonl"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="wants a GPU")

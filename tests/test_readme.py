@@ -24,14 +24,13 @@ PRUNED = {
 }  # fmt: skip
 FILES = {
     "batch-h100.jsonl": [
-        LAYER | {"bench": "batch", "format": "tile", "pattern": "0.5@256"},
+        LAYER | {"bench": "batch", "format": "tile", "pattern": "0.5@256", "speedup": 1.9, "us": 5.0},
         LAYER | {"bench": "batch", "format": "tile", "pattern": "0.5@256", "M": 256, "speedup": 0.4, "baseline_us": 14.0},
         LAYER | {"bench": "batch", "format": "sell", "pattern": "0.5", "speedup": 0.7},
     ],
     "paths-h100.jsonl": [
-        LAYER | {"format": "tile", "kernel": "batch", "pattern": "0.5@256"},
-        LAYER | {"format": "sell", "kernel": "walk", "pattern": "0.5", "speedup": 0.7},
-        LAYER | {"format": "sell", "kernel": "walk", "pattern": "0.5", "M": 1, "speedup": 1.5},
+        LAYER | {"bench": "paths", "format": "tile", "kernel": "batch", "pattern": "0.5@256"},
+        LAYER | {"bench": "paths", "format": "tile", "kernel": "expand", "pattern": "0.5@256", "speedup": 0.5, "us": 24.0},
     ],
     "prune-h100.jsonl": [
         LAYER | {"bench": "select", "pattern": "2:4", "per": "row", "baseline": "torch.sort", "compiled_us": None},
@@ -41,7 +40,7 @@ FILES = {
 }  # fmt: skip
 LINES = [
     "| 64 x 32 | cuBLAS | us | 12.0 | 14.0 |", "| 64 x 32 | tile | 0.5@256 | **1.20** | 0.40 |", "| 64 x 32 | sell | 0.5 | 0.70 |  |",
-    "| 64 x 32 | 0.5@256 | sell **1.50** | tile **1.20** |", "| 64 x 32 | 0.5 | sell **1.50** | dense |",
+    "| 64 x 32 | 0.5@256 | sell **1.50** | tile **1.20** | dense |",
     "| 64 x 32 | 2:4 | row | 10 us | 90 | 3 % | 1.2 |  |", "| median | 2 | 20.0 ms | 90 | 3 % | 1.2 | 0.0 |",
     "| small | wanda dlp 0.5 | 4 x 8 | GPU | 2 s in 3 passes | 3 s | 1.70 | 1.2 GB |",
 ]  # fmt: skip
@@ -51,13 +50,18 @@ def test_sections_whose_rows_are_there_appear(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     rows, speed_tables = importlib.import_module("rows"), importlib.import_module("speed_tables")
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
+    monkeypatch.setattr(speed_tables, "PICKED", (1, 8, 9))
+    speeds = {"sell": {("walk", 64, 32, 0.5, "unstructured"): {1: 1.5, 8: 0.7}}}
+    speeds["tile"] = {("batch", 64, 32, 0.5, "balanced"): {8: 1.2}}
+    for module in (speed_tables, importlib.import_module("dlpkit.kernels.crossover")):
+        monkeypatch.setattr(module, "SPEED", speeds)
     sections = speed_tables.batches, speed_tables.picks, speed_tables.culling
     assert [make() for make in sections] == ["", "", ""]
     for file, found in FILES.items():
         (tmp_path / file).write_text("\n".join(json.dumps(ROW | row) for row in found))
     made = "\n".join(make() for make in sections)
     assert all(line in made.splitlines() for line in LINES), made
-    found = importlib.import_module("plot_batch").batch_rows(tmp_path / "batch-h100.jsonl")
+    found = importlib.import_module("plot_batch").batch_rows(*(tmp_path / file for file in list(FILES)[:2]))
     importlib.import_module("plot_batch").draw(found, tmp_path / "plot.svg", (64, 32))
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
 
