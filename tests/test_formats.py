@@ -62,6 +62,11 @@ def test_roundtrip_of_anything(format, N, K, density, seed):
 
 
 @pytest.mark.parametrize("format", formats.names())
+def test_roundtrip_of_zeros(format):
+    assert not formats.get(format).pack(torch.zeros(4, 48)).dense().any()
+
+
+@pytest.mark.parametrize("format", formats.names())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [(), (1,), (5,), (2, 3)])
 def test_matmul_matches_float64(format, dtype, lead):

@@ -191,7 +191,8 @@ def unpack_ref(packed: Sell) -> torch.Tensor:
     full = pairs.diff()[block]
     index = _value_index(*(t[:, None, None] for t in (pairs[block], full, step)), slot[:, None], lane, L)  # [T, 8, L]
     there = (4 * step[:, None] + slot // 2 < full[:, None])[:, :, None]  # slots past the last pair are not stored
-    value = packed.values[torch.where(there, index, 0)] if packed.values.numel() else packed.values
+    values = packed.values if packed.values.numel() else packed.values.new_zeros(1)
+    value = values[torch.where(there, index, 0)]
     holds = there & (value.view(BITS[value.element_size()]) != 0)  # not filler, not padding
     out = torch.zeros(packed.shape, dtype=value.dtype, device=device)
     out[row[holds], column[holds]] = value[holds]
