@@ -24,7 +24,7 @@ from quality import environment
 
 import dlpkit
 from dlpkit.generation import Decoder
-from dlpkit.packing import rewrite, sparse_linears
+from dlpkit.packing import keep_dense, rewrite, sparse_linears
 
 PATTERNS = ("0.5", "0.6", "0.7", "2:4")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -41,11 +41,13 @@ def main() -> None:
     about |= environment(args.commit)
     dense: dict[tuple, tuple[dict, torch.Tensor]] = {}
     args.rows.parent.mkdir(parents=True, exist_ok=True)
-    for pattern, model in variants(args.model, args.patterns, args.format):
+    for pattern, model in variants(args.model, args.patterns, args.format, args.dense_prefill):
         for batch, prompt in args.pairs:
             torch._dynamo.reset()
             if args.format == "auto":
                 rewrite(model, lambda name, weight: weight, batch=batch)
+            if args.dense_prefill:
+                keep_dense(model)
             try:
                 row, made = measure(model, batch, prompt, args.tokens, args.compile)
             except torch.OutOfMemoryError:
@@ -75,9 +77,9 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def variants(name: str, patterns: list[str], format: str) -> Iterator[tuple[str, torch.nn.Module]]:
-    """("dense", model) and the packed ones, each made when its turn has come; a format that was asked for is part of the name."""
-    suffix = "" if format == "auto" else f" {format}"
+def variants(name: str, patterns: list[str], format: str, dense_prefill: bool) -> Iterator[tuple[str, torch.nn.Module]]:
+    """("dense", model) and the packed ones, each made when its turn has come; what was asked for is part of the name."""
+    suffix = ("" if format == "auto" else f" {format}") + " dense prefill" * dense_prefill
     if name in random_model.CONFIGS:
         config = random_model.CONFIGS[name]
         yield "dense", random_model.build(config)
@@ -127,7 +129,9 @@ def weigh(model: torch.nn.Module) -> tuple[int, int]:
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
     total = sum(tensors.values())
-    return total, total if tied else total - embedding.nbytes
+    idle = [] if tied else [embedding]
+    idle += [sparse.dense_copy for sparse in sparse_linears(model).values() if sparse.dense_copy is not None]
+    return total, total - sum(tensor.nbytes for tensor in idle)
 
 
 def parse() -> argparse.Namespace:
@@ -144,6 +148,7 @@ def parse() -> argparse.Namespace:
         "--pairs", nargs="+", help="batch and prompt, as 8x128, instead of all batches with all prompts"
     )
     parser.add_argument("--tokens", type=int, default=256, help="new tokens")
+    parser.add_argument("--dense-prefill", action="store_true", help="keep dense copies, for the prompt")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--commit", help="what to record where there is no git checkout")
     args = parser.parse_args()

@@ -8,6 +8,7 @@ from dlpkit.data import calibration as calibration_windows
 from dlpkit.data import evaluation as evaluation_windows
 from dlpkit.edits import Drop, Merge, Slice
 from dlpkit.evaluate import perplexity
+from dlpkit.packing import keep_dense
 from dlpkit.patterns import Pattern
 from dlpkit.pipeline import run
 from dlpkit.pruning import prune
@@ -25,6 +26,7 @@ __all__ = [
     "calibration_windows",
     "edit",
     "evaluation_windows",
+    "keep_dense",
     "load",
     "make_recipe",
     "pack",

@@ -235,6 +235,7 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest that have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     compile: Annotated[bool | None, typer.Option(help="Compile the blocks first, on a GPU; by default for many tokens.")] = None,
+    dense_prefill: Annotated[bool, typer.Option("--dense-prefill", help="Read the prompt by dense weights, kept beside the packed ones.")] = False,
     device: Device = None, runtime: Runtime = "auto",
 ):  # fmt: skip
     """Go on from a prompt, printed as it comes, or from several at once."""
@@ -243,7 +244,7 @@ def generate(
 
     sampling, alone = Sampling(temperature, top_k, top_p, seed), len(prompts) == 1
     texts = pipeline.generate_text(
-        model, prompts, tokens, sampling, device, runtime, compile, stream=alone, notice=lambda text: print(text, file=sys.stderr)
+        model, prompts, tokens, sampling, device, runtime, compile, dense_prefill, stream=alone, notice=lambda text: print(text, file=sys.stderr)
     )  # fmt: skip
     if not alone:
         print("\n\n".join(texts))

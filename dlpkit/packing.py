@@ -65,6 +65,14 @@ def unpack_linears(model: nn.Module) -> None:
         put(model, name, linear)
 
 
+def keep_dense(model: nn.Module) -> int:
+    """Keep every packed weight dense as well, for prompts and batches at which packed loses -> the bytes that takes.
+
+    A prompt then costs what it costs the dense model, and memory is that of both. Weights that run dense anyway have no copy.
+    """
+    return sum(sparse.keep_dense() for sparse in sparse_linears(model).values())
+
+
 def sparse_linears(model: nn.Module) -> dict[str, SparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
 

@@ -19,7 +19,7 @@ from dlpkit.generation import GREEDY, Sampling
 from dlpkit.journal import Journal
 from dlpkit.kernels.runtime import default_device
 from dlpkit.kernels.storage import stored_bytes
-from dlpkit.packing import sparse_linears
+from dlpkit.packing import keep_dense, sparse_linears
 from dlpkit.progress import Progress, silent
 from dlpkit.pruning import PruneReport, check, prune
 from dlpkit.recipe import Recipe
@@ -247,11 +247,16 @@ def evaluate_model(
 
 def generate_text(
     model: str | Path, prompts: list[str], tokens: int = 64, sampling: Sampling = GREEDY, device: str | None = None,
-    runtime: str = "auto", compile: bool | None = None, stream: bool = False, notice: Callable[[str], None] = print,
+    runtime: str = "auto", compile: bool | None = None, dense_prefill: bool = False, stream: bool = False,
+    notice: Callable[[str], None] = print,
 ) -> list[str]:  # fmt: skip
-    """Prompts -> each with up to `tokens` more tokens. stream: print the text of a single prompt as it comes. notice: hears why decoding is slow."""
+    """Prompts -> each with up to `tokens` more tokens. dense_prefill: read the prompts by dense weights, kept beside the packed ones.
+    stream: print the text of a single prompt as it comes. notice: hears why decoding is slow.
+    """
     tokenizer = models.load_tokenizer(model)
     loaded = checkpoint.load(model, runtime, default_device(device), batch=max(1, len(prompts)))
+    if dense_prefill:
+        keep_dense(loaded)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     return generation.generate_text(loaded, tokenizer, prompts, tokens, sampling, compile, streamer, notice)
 

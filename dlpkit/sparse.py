@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from dlpkit.kernels import formats, storage
+from dlpkit.kernels import dispatch, formats, storage
 from dlpkit.kernels.formats import Packed
 from dlpkit.kernels.storage import Stored
 
@@ -27,6 +27,8 @@ class SparseLinear(nn.Linear):
         self.register_parameter("bias", bias)
         self.kind: type | None = None  # the packed dataclass, None while stored
         self.plain: dict[str, object] = {}  # its fields that are not tensors
+        self.register_buffer("dense_copy", None, persistent=False)  # the weight, if it is kept dense as well
+        self.most_rows = 0  # of x that it is then multiplied by packed
 
     @classmethod
     def empty(cls, linear: nn.Linear, nnz: int) -> "SparseLinear":
@@ -77,15 +79,28 @@ class SparseLinear(nn.Linear):
             return storage.encode(self.dense())
         return Stored(self.shape, self.weight.detach(), self.weight_mask, self.weight_offsets)
 
+    def keep_dense(self) -> int:
+        """Keep the weight dense as well -> bytes that this takes, 0 if it is dense already."""
+        if self.format in ("dense", "stored") or self.dense_copy is not None:
+            return 0
+        packed = self.packed
+        self.dense_copy, self.most_rows = packed.dense(), dispatch.most_rows(packed)
+        return self.dense_copy.nbytes
+
     def nnz(self) -> int:
         """Values that the stored form holds."""
         return storage.count(self.dense())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.packed.matmul(x, self.bias)
+        return self._product(x, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, format={self.format}"
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.dense_copy is not None and x.shape[:-1].numel() > self.most_rows:
+            return nn.functional.linear(x, self.dense_copy, bias)
+        return self.packed.matmul(x, bias)
 
     def _take(self, packed: Packed) -> None:
         self.kind, self.plain = type(packed), {}
@@ -138,13 +153,16 @@ class FusedLinear(SparseLinear):
     def dense(self) -> torch.Tensor:
         return self.whole.dense()[self.rows].contiguous()
 
+    def keep_dense(self) -> int:
+        return SparseLinear.keep_dense(self.leaders[0])  # all rows, for all members
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.leaders[0].multiply(x)[..., self.rows]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., all rows], kept until every member has had its part."""
         if self.seen is not x:
-            self.seen, self.result, self.waiting = x, self.packed.matmul(x, self.stacked_bias), self.members
+            self.seen, self.result, self.waiting = x, self._product(x, self.stacked_bias), self.members
         result, self.waiting = self.result, self.waiting - 1
         if not self.waiting:
             self.seen = self.result = None

@@ -6,6 +6,8 @@ kernel of its format runs, which may be an expansion to dense at every call. `cu
 by name.
 """
 
+import itertools
+
 import torch
 
 from dlpkit.kernels import algorithms, crossover, formats, storage
@@ -15,6 +17,7 @@ from dlpkit.kernels.runtime import GLUON, HAS_GLUON, HAS_TRITON, use_wgmma
 from dlpkit.kernels.tiles import SMALLEST
 
 MEASURED = {(9, 0): "H100"}  # compute capability -> where the table was filled
+LARGEST = 8192  # rows of x that are asked about
 DENSEST = 0.5  # share of weights kept up to which packed kernels were measured
 
 
@@ -86,6 +89,21 @@ def explain(packed: Packed, M: int) -> tuple[str, str]:
     if not speed:
         return kernel, f"nothing of {format} was measured at {_rows(M)}"
     return kernel, f"measured {speed:.2f} times as fast as cuBLAS at {_rows(M)} ({layer})"
+
+
+def most_rows(packed: Packed) -> int:
+    """The rows of x up to which a packed weight multiplies at least as fast as a dense one, where it lives; 0 if not even one."""
+    format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
+    if (
+        format not in SPEED
+        or not available(device)[0]
+        or packed.values.element_size() != 2
+        or (format == "tile" and not use_wgmma(device))
+    ):
+        return 0
+    kept = packed.values.numel() / max(1, N * K)
+    won = itertools.takewhile(lambda M: crossover.fastest(format, N, K, M, kept).speed >= 1, range(1, LARGEST + 1))
+    return max(won, default=0)
 
 
 def _fits(format: str, mask: str) -> bool:

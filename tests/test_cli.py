@@ -99,6 +99,10 @@ def test_pack_eval_generate_inspect(run, packed, tmp_path):
     assert once.out.startswith("Once")
     assert "decoded eager: CUDA graphs want" in once.err
     assert run("generate", packed, "Once", "upon a time", "--tokens", 3).out.count("\n\n") == 1
+    assert (
+        run("generate", packed, "Once", "--tokens", 3, "--dense-prefill").out
+        == run("generate", packed, "Once", "--tokens", 3).out
+    )
     assert "temperature above 0" in run("generate", packed, "Once", "--top-k", 5).err
     shown = run("inspect", packed)
     assert "| model.layers.2.mlp.down_proj | 64 x 96 | 0.5000 |" in shown.out

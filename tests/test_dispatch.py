@@ -158,6 +158,14 @@ def test_explain_on_the_gpu(format, M, kernel, wgmma, measured, monkeypatch):
     assert ("Hopper" in reason) == (format == "tile" and not wgmma)
 
 
+def test_rows_up_to_which_packed_wins(measured, monkeypatch):
+    weight = torch.eye(16, dtype=BF16)
+    assert all(dispatch.most_rows(formats.get(format).pack(weight)) == 0 for format in formats.names())  # on the CPU
+    monkeypatch.setattr(dispatch, "available", lambda device: (True, ""))
+    found = {format: dispatch.most_rows(formats.get(format).pack(weight)) for format in ("dense", "sell", "nm")}
+    assert found == {"dense": 0, "sell": 1, "nm": 8}
+
+
 def test_every_measured_format_is_one_that_packs():
     """The table that ships: whole classes, speeds in it, rows of x in order."""
     assert set(crossover.SPEED) <= set(formats.names())

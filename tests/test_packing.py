@@ -4,7 +4,8 @@ from conftest import random_sparse, tiny_model
 
 from dlpkit import archs
 from dlpkit.kernels import dispatch, formats, storage
-from dlpkit.packing import pack_linears, pack_stored, put, sparse_linears, unpack_linears
+from dlpkit.kernels.formats import sell
+from dlpkit.packing import keep_dense, pack_linears, pack_stored, put, sparse_linears, unpack_linears
 from dlpkit.sparse import FusedLinear, SparseLinear
 
 
@@ -53,6 +54,30 @@ def test_linears_of_one_input_are_fused_where_a_sparse_kernel_runs():
     dense = sparse_model()
     pack_linears(dense, "dense")
     assert not any(isinstance(sparse, FusedLinear) for sparse in sparse_linears(dense).values())
+
+
+@pytest.mark.parametrize("most", [0, 1000])
+def test_dense_copies_multiply_where_packed_loses(most, tokens, monkeypatch):
+    model = sparse_model()
+    expected, weights = (
+        model(tokens).logits,
+        {n: linear.weight.clone() for n, linear in archs.model_linears(model, archs.of(model))},
+    )
+    pack_linears(model, "sell")
+    stored = model.state_dict().keys()
+    monkeypatch.setattr("dlpkit.sparse.dispatch.most_rows", lambda packed: most)
+    taken = keep_dense(model)
+    assert taken == sum(weight.nbytes for weight in weights.values())
+    assert keep_dense(model) == 0  # they are there
+    assert model.state_dict().keys() == stored
+    calls = []
+    monkeypatch.setattr(
+        sell.Sell,
+        "matmul",
+        lambda self, x, bias=None: calls.append(x) or torch.nn.functional.linear(x, self.dense(), bias),
+    )
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)  # float32
+    assert bool(calls) == (most >= tokens.numel())
 
 
 def test_packing_twice_changes_nothing():
