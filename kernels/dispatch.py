@@ -72,11 +72,11 @@ def choose_for(
 def explain(packed: Packed, M: int) -> tuple[str, str]:
     """(kernel, reason): what multiplies M rows of x by a packed weight where it lives. Of a dense one, what the best sparse kernel would do.
 
-    Kernels: cublas, reference, walk, pick, batch, special, cusparselt, expand (which is followed by cuBLAS).
+    Kernels: cublas, or torch's own on a CPU, reference, walk, pick, batch, special, cusparselt, expand (which is followed by cuBLAS).
     """
     format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
     if format == "dense":
-        return "cublas", f"the weight is dense: {choose(packed.values, M)[1]}"
+        return "cublas" if device.type == "cuda" else "torch", f"the weight is dense: {choose(packed.values, M)[1]}"
     if device.type != "cuda" or not HAS_TRITON or packed.values.element_size() != 2:
         return "reference", "Triton's kernels take 16-bit weights on a GPU: decoded to dense at every call"
     if format == "tile" and not use_wgmma(device):
