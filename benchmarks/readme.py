@@ -180,7 +180,8 @@ def depth_table(file: str) -> str:
     text = f"{first['eval_windows'] or 'all'} windows of {first['eval_seqlen']} tokens of WikiText-2"
     machine = "CPU" if first["gpu"] == "none" else first["gpu"]
     header = ("method", *(f"{target:.0%} removed" for target in targets))
-    return f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {text}, dense {first['dense_perplexity']:.2f}; {machine}, torch {first['torch']}, commit {first['commit']}."
+    commits = ", ".join(sorted({row["commit"] for row in found}))
+    return f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {text}, dense {first['dense_perplexity']:.2f}; {machine}, torch {first['torch']}, commit {commits}."
 
 
 def search() -> str:
