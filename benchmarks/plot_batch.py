@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def batch_rows(*paths: Path) -> dict[tuple, dict]:
-    """Rows by (N, K, format, pattern, M). Of the kernels that tune_paths.py timed one by one the fastest; of bench_batch.py, which times
-    what the dispatcher picks, the last row, where the first have none.
+    """Rows by (N, K, format, pattern, M). Of the kernels that tune_paths.py timed one by one, or cuSPARSELt's algorithms, the fastest; of
+    bench_batch.py, which times what the dispatcher picks, the last row, where the first have none.
     """
     rows = [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
     found: dict[tuple, dict] = {}
-    for row in sorted(rows, key=lambda row: row["bench"]):  # batch, then paths
+    for row in sorted(rows, key=lambda row: row["bench"]):  # batch first
         key = row["N"], row["K"], row["format"], row["pattern"], row["M"]
         before = found.get(key)
         if not before or before["bench"] == "batch" or before["us"] > row["us"]:

@@ -23,7 +23,7 @@ def kernels() -> str:
 
 def batches() -> str:
     """Speed-ups over rows of x, by layer, format and pattern, winning ones in bold; a section of its own, if there are rows."""
-    found = plot_batch.batch_rows(rows.FOLDER / "paths-h100.jsonl", rows.FOLDER / "batch-h100.jsonl")
+    found = plot_batch.batch_rows(*(rows.FOLDER / f"{name}-h100.jsonl" for name in ("paths", "batch", "cusparselt")))
     if not found:
         return ""
     sizes, lines = sorted({key[4] for key in found}), []
@@ -38,7 +38,7 @@ def batches() -> str:
     shown = f"![times cuBLAS by rows of x]({image})\n\n" if (rows.ROOT / image).exists() else ""
     return (
         f"### Batches and prompts\n\nTimes cuBLAS by rows of x, what wins in bold; past what a format has kernels for, the weight is expanded "
-        f"to dense at every call.\n\n{shown}{table(lines, ('layer', 'format', 'pattern', *sizes))}\n\n{_on(found.values())}"
+        f"to dense at every call. Products by cuSPARSELt are those inside CUDA graphs.\n\n{shown}{table(lines, ('layer', 'format', 'pattern', *sizes))}\n\n{_on(found.values())}"
     )
 
 
