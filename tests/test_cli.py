@@ -145,7 +145,7 @@ def test_doctor_says_which_kernel_each_linear_runs(run, packed):
     assert found.code == 0, found.err
     assert "| model.layers.*.self_attn.k_proj | 3 | 128 x 64 | nm | 1 to 8192 | reference | Triton's" in found.out
     assert "| model.layers.*.mlp.down_proj | 3 | 64 x 96 | nm |" in found.out
-    assert "| dense | 1 to 8192 | cublas |" in run("doctor", packed, "--runtime", "dense", "--device", "cpu").out
+    assert "| dense | 1 to 8192 | torch |" in run("doctor", packed, "--runtime", "dense", "--device", "cpu").out
     assert run("doctor", packed, "--batch", 0).code == 2
 
 
