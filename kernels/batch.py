@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dlpkit.kernels import special
 from dlpkit.kernels.product import fetch, finish, join
 from dlpkit.kernels.runtime import multiprocessors
-from dlpkit.kernels.scatter import COLUMNS, barrier, clear, find, opaque, put_extras, read_extras, start, walk, walker
+from dlpkit.kernels.scatter import COLUMNS, barrier, begin, clear, opaque, proceed, put_extras, walk, walker
 
 LAUNCH = {"batch": (16, 64), "special": (64, 128)}  # kernel -> fewest and most rows of x in a launch
 RESIDENT = {16: 4, 32: 4, 64: 3}  # M of the kernel -> programs of a multiprocessor: H100, 14336 x 4096
@@ -49,28 +49,24 @@ def _batch_kernel(
 
     first_unit = gl.program_id(0) * U
     last = gl.minimum(first_unit + U, units)
-    tile = first_unit // B
-    b = first_unit - tile * B
-    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
-    stream, ring = start(values_ptr, gaps_ptr, first, left, lane)
-    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
+    tile, b, steps, stream, ring, extras = begin(
+        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, half, lane, ROUNDS
+    )  # fmt: skip
     acc = gl.zeros([ROWS, M], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16]))
     for unit in range(first_unit, last):
         for i in gl.static_range(4):
             fetch(xs.index(i), x_ptr, m, k, b * COLUMNS + 64 * i, x_rows, octets, stride_x)
         clear(me, 4)
         barrier()
-        put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, mine, me, ROUNDS)
+        put_extras(extras_ptr, places_ptr, extras, lane, me, ROUNDS)
         stream, ring = walk(stream, ring, steps, me)
 
         fresh = (unit == first_unit) | (b == 0)
         ends = (unit == last - 1) | (b == B - 1)
         done = tile
-        b += 1
-        tile = gl.where(b == B, tile + 1, tile)
-        b = gl.where(b == B, 0, b)
-        steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
-        ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(unit < last - 1, more, 0), lane, ROUNDS)
+        tile, b, steps, extras = proceed(
+            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, last, atoms, B, half, lane, ROUNDS
+        )  # fmt: skip
 
         async_copy.wait_group(0)
         fence_async_shared()

@@ -156,6 +156,32 @@ def read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS: gl.constexpr)
 
 
 @gluon.jit
+def begin(
+    values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, unit, last, atoms, B, half, lane, ROUNDS: gl.constexpr
+):  # fmt: skip
+    """Of the first unit of a program with tiles of 64 rows: its tile, block and steps, stream and ring, and what `put_extras` wants."""
+    tile = unit // B
+    b = unit - tile * B
+    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
+    stream, ring = start(values_ptr, gaps_ptr, first, left, lane)
+    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
+    return tile, b, steps, stream, ring, (extra, most, ahead, mine)
+
+
+@gluon.jit
+def proceed(
+    extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, live, last, atoms, B, half, lane, ROUNDS: gl.constexpr
+):  # fmt: skip
+    """The unit after block b of a tile, if need be of the next tile: tile, block, steps, and, if it is `live`, what `put_extras` wants."""
+    b += 1
+    tile = gl.where(b == B, tile + 1, tile)
+    b = gl.where(b == B, 0, b)
+    steps, most, _, _, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
+    ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(live, more, 0), lane, ROUNDS)
+    return tile, b, steps, (extra, most, ahead, mine)
+
+
+@gluon.jit
 def clear(me, NUM_WARPS: gl.constexpr):
     """Zeros to the tile, all threads together."""
     PTX: gl.constexpr = ZERO4 if NUM_WARPS == 4 else ZERO8
@@ -168,8 +194,11 @@ def _put(extra, left, to, PTX: gl.constexpr):
 
 
 @gluon.jit
-def put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, left, me, ROUNDS: gl.constexpr):
-    """Store a block's extras, those read ahead and any others."""
+def put_extras(extras_ptr, places_ptr, extras, lane, me, ROUNDS: gl.constexpr):
+    """Store a block's extras, those read ahead and any others. extras: each lane's first, the most of a half, those read ahead, how many
+    there are from there on.
+    """
+    extra, most, ahead, left = extras
     to = me[6]
     _put(ahead[0], left, to, PUT0)
     if ROUNDS == 4:

@@ -48,7 +48,7 @@ def _edges(starts_ptr, extra_starts_ptr, upper, lower):
 
 @gluon.jit
 def _extras(extras_ptr, places_ptr, before, after, above, lane):
-    """Of a block: each lane's first extra, the most of a half, those read ahead, and how many there are from there on."""
+    """Of a block, what `put_extras` wants."""
     extra = gl.where(above, before[1], before[2])
     more = gl.where(above, after[1] - before[1], after[2] - before[2])
     ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
@@ -77,17 +77,17 @@ def _scatter(
         stream, ring = start(values_ptr, gaps_ptr, first, gl.load(run + count) - first, lane)
         before = _edges(starts_ptr, extra_starts_ptr, upper, lower)
         after = _edges(starts_ptr, extra_starts_ptr, upper + gl.minimum(1, count), lower + gl.minimum(1, count))
-        extra, most, ahead, mine = _extras(extras_ptr, places_ptr, before, after, above, lane)
+        waiting = _extras(extras_ptr, places_ptr, before, after, above, lane)
         for i in range(0, count):
             behind = gl.minimum(i + 2, count)
             later = _edges(starts_ptr, extra_starts_ptr, upper + behind, lower + behind)
             mbarrier.wait(empty, phase)
             clear(me, 8)
             barrier()
-            put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, mine, me, ROUNDS)
+            put_extras(extras_ptr, places_ptr, waiting, lane, me, ROUNDS)
             stream, ring = walk(stream, ring, after[0] - before[0], me)
             before, after = after, later
-            extra, most, ahead, mine = _extras(extras_ptr, places_ptr, before, after, above, lane)
+            waiting = _extras(extras_ptr, places_ptr, before, after, above, lane)
             fence_async_shared()
             barrier()
             mbarrier.arrive(full)

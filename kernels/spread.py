@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dlpkit.kernels.batch import DTYPES, ROUNDS
-from dlpkit.kernels.scatter import COLUMNS, barrier, clear, find, opaque, put_extras, read_extras, start, walk, walker
+from dlpkit.kernels.scatter import COLUMNS, barrier, begin, clear, opaque, proceed, put_extras, walk, walker
 
 ROWS = gl.constexpr(64)  # of a tile
 UNITS, REGISTERS = 2, 96  # of a program, of a thread: H100, 14336 x 4096
@@ -29,15 +29,13 @@ def _spread_kernel(
 
     first_unit = gl.program_id(0) * U
     last = gl.minimum(first_unit + U, units)
-    tile = first_unit // B
-    b = first_unit - tile * B
-    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
-    stream, ring = start(values_ptr, gaps_ptr, first, left, lane)
-    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
+    tile, b, steps, stream, ring, extras = begin(
+        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, half, lane, ROUNDS
+    )  # fmt: skip
     for unit in range(first_unit, last):
         clear(me, 4)
         barrier()
-        put_extras(extras_ptr, places_ptr, extra, most, lane, ahead, mine, me, ROUNDS)
+        put_extras(extras_ptr, places_ptr, extras, lane, me, ROUNDS)
         stream, ring = walk(stream, ring, steps, me)
         barrier()
         for i in gl.static_range(4):
@@ -45,11 +43,9 @@ def _spread_kernel(
             row = tile * ROWS + n[None, :]
             out = out_ptr + column.to(gl.int64) * N + row
             gl.store(out, w.slice(64 * i, 64, 0).load(OUT), mask=(column < K) & (row < N))
-        b += 1
-        tile = gl.where(b == B, tile + 1, tile)
-        b = gl.where(b == B, 0, b)
-        steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
-        ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(unit < last - 1, more, 0), lane, ROUNDS)
+        tile, b, steps, extras = proceed(
+            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, last, atoms, B, half, lane, ROUNDS
+        )  # fmt: skip
         barrier()
 
 
