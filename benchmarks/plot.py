@@ -4,9 +4,10 @@ python benchmarks/plot.py benchmarks/results/h100.jsonl out.svg     the plot
 python benchmarks/plot.py benchmarks/results/h100.jsonl             a Markdown table on standard output
 """
 
-import json
 import sys
 from pathlib import Path
+
+from rows import load
 
 SHAPES = [
     (14336, 4096),
@@ -32,8 +33,7 @@ def main() -> None:
 
 def matmul_rows(path: Path) -> dict[tuple, dict]:
     """Rows by (N, K, M, pattern, mask); of several the last one counts."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {(r["N"], r["K"], r["M"], r["pattern"], r["mask"]): r for r in rows if r["bench"] == "matmul"}
+    return {(r["N"], r["K"], r["M"], r["pattern"], r["mask"]): r for r in load(path) if r["bench"] == "matmul"}
 
 
 def table(found: dict) -> str:

@@ -3,16 +3,17 @@
 python benchmarks/plot_batch.py benchmarks/results/paths-h100.jsonl benchmarks/results/batch-h100.jsonl out.svg [14336x4096]
 """
 
-import json
 import sys
 from pathlib import Path
+
+from rows import load
 
 
 def batch_rows(*paths: Path) -> dict[tuple, dict]:
     """Rows by (N, K, format, pattern, M). Of the kernels that tune_paths.py timed one by one, or cuSPARSELt's algorithms, the fastest; of
     bench_batch.py, which times what the dispatcher picks, the last row, where the first have none.
     """
-    rows = [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
+    rows = [row for path in paths if path.exists() for row in load(path)]
     found: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: row["bench"]):  # batch first
         key = row["N"], row["K"], row["format"], row["pattern"], row["M"]

@@ -3,15 +3,15 @@
 python benchmarks/plot_tokens.py benchmarks/results/tokens-h100.jsonl out.svg
 """
 
-import json
 import sys
 from pathlib import Path
+
+from rows import load
 
 
 def token_rows(path: Path) -> dict[tuple, dict]:
     """Rows by (model, prompt, batch, pattern), dense first; of several the last one counts."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    found = {(r["model"], r["prompt"], r["batch"], r["pattern"]): r for r in rows}
+    found = {(r["model"], r["prompt"], r["batch"], r["pattern"]): r for r in load(path)}
     return {key: found[key] for key in sorted(found, key=lambda key: (*key[:3], key[3] != "dense", key[3]))}
 
 

@@ -7,7 +7,11 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks" / "results"
 
 
+def load(path: Path) -> list[dict]:
+    """The rows of a file, in order."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def read(file: str) -> list[dict]:
-    """The rows of a results file, in order; none if there is no such file."""
-    path = FOLDER / file
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a results file; none if there is no such file."""
+    return load(FOLDER / file) if (FOLDER / file).exists() else []

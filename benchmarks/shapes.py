@@ -51,3 +51,8 @@ def density(pattern: str) -> float:
         n, m = map(int, pattern.split(":"))
         return n / m
     return 1 - float(pattern.partition("@")[0])
+
+
+def mask(pattern: str) -> str:
+    """What the dispatcher's table calls the mask of a pattern: unstructured, balanced or N:M."""
+    return pattern if ":" in pattern else "balanced" if "@" in pattern else "unstructured"

@@ -6,10 +6,9 @@ import plot
 import plot_batch
 import plot_tokens
 import rows
-from shapes import density
+from shapes import density, mask
 
 from dlpkit.kernels import crossover
-from dlpkit.kernels.measured import SPEED
 from dlpkit.report import table
 
 PICKED = (1, 2, 4, 8, 16, 24, 32, 64, 128, 512, 2048)  # rows of x
@@ -49,16 +48,8 @@ def picks() -> str:
         return ""
     lines = []
     for N, K, pattern in found:
-        mask = pattern if ":" in pattern else "balanced" if "@" in pattern else "unstructured"
-        cells = []
-        for M in PICKED:
-            best = {
-                format: crossover.fastest(format, N, K, M, density(pattern), mask)
-                for format in SPEED
-                if ":" in mask or format != "nm"
-            }
-            format = max(best, key=lambda format: best[format].speed)
-            cells.append(f"{format} {times(best[format].speed)}" if best[format].speed >= 1 else "dense")
+        best = [crossover.best(N, K, M, density(pattern), mask(pattern)) for M in PICKED]
+        cells = [f"{format} {times(choice.speed)}" if choice.speed >= 1 else "dense" for format, choice in best]
         lines.append((f"{N} x {K}", pattern, *cells))
     return (
         f"### What the dispatcher picks\n\nThe format for a batch, and times cuBLAS as measured there or at the nearest layer; dense where none "

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from bench_matmul import TOLERANCE, relative_error
 from quality import environment
-from shapes import density, sparse
+from rows import load
+from shapes import density, mask, sparse
 from timing import clock, copies, copy_roof, ring_length
 
 from dlpkit.kernels import crossover, formats
@@ -128,10 +129,8 @@ def show(found: list[dict]) -> None:
 def table_rows(path: Path) -> list[dict]:
     """What the table is written from, last what counts most: the kernels one by one, before them random masks of bench_matmul.py."""
     beside = path.parent / "h100.jsonl"
-    both = [
-        [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else [] for file in (beside, path)
-    ]
-    return [row for row in both[0] if row["bench"] == "matmul" and row["mask"] == "random"] + both[1]
+    found = load(beside) if beside.exists() else []
+    return [row for row in found if row["bench"] == "matmul" and row["mask"] == "random"] + load(path)
 
 
 def table(rows: list[dict]) -> str:
@@ -139,8 +138,7 @@ def table(rows: list[dict]) -> str:
     speeds: dict[str, dict[tuple, dict[int, float]]] = {}
     for row in rows:
         pattern = row["pattern"]
-        mask = pattern if ":" in pattern else "balanced" if "@" in pattern else "unstructured"
-        layer = row["kernel"], row["N"], row["K"], round(density(pattern), 4), mask
+        layer = row["kernel"], row["N"], row["K"], round(density(pattern), 4), mask(pattern)
         speeds.setdefault(row["format"], {}).setdefault(layer, {})[row["M"]] = row["speedup"]
     where = {key: ", ".join(sorted({row[key] for row in rows})) for key in ("gpu", "torch", "triton", "commit")}
     lines = [
@@ -155,8 +153,8 @@ def table(rows: list[dict]) -> str:
     for format in sorted(speeds):
         lines.append(f'    "{format}": {{')
         in_order = sorted(speeds[format].items(), key=lambda item: (item[0][1:], item[0][0]))
-        for (kernel, N, K, kept, mask), by_rows in in_order:
-            lines.append(f'        ("{kernel}", {N}, {K}, {kept}, "{mask}"): {dict(sorted(by_rows.items()))},')
+        for (kernel, N, K, kept, kind), by_rows in in_order:
+            lines.append(f'        ("{kernel}", {N}, {K}, {kept}, "{kind}"): {dict(sorted(by_rows.items()))},')
         lines.append("    },")
     return "\n".join([*lines, "}", "# fmt: on", ""])
 

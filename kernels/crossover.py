@@ -7,6 +7,7 @@ was measured at; an expansion, whose share of the time only falls, is not.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from dlpkit.kernels.measured import SPEED
@@ -44,6 +45,16 @@ def fastest(format: str, N: int, K: int, M: int, kept: float, mask: str = "unstr
             speeds[kernel] = measured[min(enough, default=max(measured))]
     best = max(speeds, key=speeds.get)
     return Choice(best, speeds[best], layer)
+
+
+def best(
+    N: int, K: int, M: int, kept: float, mask: str, runs: Callable[[str], bool] = lambda format: True
+) -> tuple[str, Choice]:
+    """The format whose fastest kernel is fastest, of those that take the mask and that `runs` says run, and that kernel."""
+    takes = [format for format in SPEED if (format != "nm" or ":" in mask) and runs(format)]
+    found = {format: fastest(format, N, K, M, kept, mask) for format in takes}
+    format = max(found, key=lambda format: found[format].speed)
+    return format, found[format]
 
 
 @functools.lru_cache(maxsize=4096)

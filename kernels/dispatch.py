@@ -12,7 +12,6 @@ import torch
 
 from dlpkit.kernels import algorithms, crossover, formats, storage
 from dlpkit.kernels.formats import Packed, nm, tile
-from dlpkit.kernels.measured import SPEED
 from dlpkit.kernels.runtime import GLUON, HAS_GLUON, HAS_TRITON, use_wgmma
 from dlpkit.kernels.tiles import SMALLEST
 
@@ -63,10 +62,9 @@ def choose_for(
         return "dense", f"a {N} x {K} weight is too small for a sparse kernel to win"
     if density > DENSEST + 0.001:
         return "dense", f"{density:.0%} of the weights are kept, a sparse kernel wins up to {DENSEST:.0%}"
-    found = {format: crossover.fastest(format, N, K, batch, density, mask) for format in SPEED if _fits(format, mask)}
-    best = max(found, key=lambda format: found[format].speed)
-    how = f"{best} at {_rows(batch)} was measured {found[best].speed:.2f} times as fast as cuBLAS ({found[best].layer})"
-    return (best if found[best].speed >= 1 else "dense"), how
+    best, found = crossover.best(N, K, batch, density, mask, lambda format: format != "tile" or HAS_GLUON)
+    how = f"{best} at {_rows(batch)} was measured {found.speed:.2f} times as fast as cuBLAS ({found.layer})"
+    return (best if found.speed >= 1 else "dense"), how
 
 
 def explain(packed: Packed, M: int) -> tuple[str, str]:
@@ -94,23 +92,11 @@ def explain(packed: Packed, M: int) -> tuple[str, str]:
 def most_rows(packed: Packed) -> int:
     """The rows of x up to which a packed weight multiplies at least as fast as a dense one, where it lives; 0 if not even one."""
     format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
-    if (
-        format not in SPEED
-        or not available(device)[0]
-        or packed.values.element_size() != 2
-        or (format == "tile" and not use_wgmma(device))
-    ):
+    if not available(device)[0] or packed.values.element_size() != 2 or (format == "tile" and not use_wgmma(device)):
         return 0
     kept = packed.values.numel() / max(1, N * K)
     won = itertools.takewhile(lambda M: crossover.fastest(format, N, K, M, kept).speed >= 1, range(1, LARGEST + 1))
     return max(won, default=0)
-
-
-def _fits(format: str, mask: str) -> bool:
-    """Whether a format runs here and takes the mask."""
-    if format == "tile":
-        return HAS_GLUON
-    return ":" in mask if format == "nm" else True
 
 
 def _mask(weight: torch.Tensor, density: float) -> str:

@@ -33,7 +33,6 @@ TABLE = {
 def measured(monkeypatch):
     """TABLE in place of what was measured, on a machine where every format runs."""
     monkeypatch.setattr(crossover, "SPEED", TABLE)
-    monkeypatch.setattr(dispatch, "SPEED", TABLE)
     monkeypatch.setattr(dispatch, "HAS_GLUON", True)
     crossover._nearest.cache_clear()
     yield

@@ -53,8 +53,7 @@ def test_sections_whose_rows_are_there_appear(tmp_path, monkeypatch):
     monkeypatch.setattr(speed_tables, "PICKED", (1, 8, 9))
     speeds = {"sell": {("walk", 64, 32, 0.5, "unstructured"): {1: 1.5, 8: 0.7}}}
     speeds["tile"] = {("batch", 64, 32, 0.5, "balanced"): {8: 1.2}}
-    for module in (speed_tables, importlib.import_module("dlpkit.kernels.crossover")):
-        monkeypatch.setattr(module, "SPEED", speeds)
+    monkeypatch.setattr(importlib.import_module("dlpkit.kernels.crossover"), "SPEED", speeds)
     sections = speed_tables.batches, speed_tables.picks, speed_tables.culling
     assert [make() for make in sections] == ["", "", ""]
     for file, found in FILES.items():
