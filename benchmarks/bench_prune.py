@@ -4,33 +4,26 @@ python benchmarks/bench_prune.py --criterion wanda --allocation dlp --rows bench
 """
 
 import argparse
+import copy
 import json
-import sys
 import time
 from pathlib import Path
 
+import random_model
 import torch
-from commit import commit
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from quality import environment
+from transformers import PreTrainedModel
 
-from dlpkit import archs, offload, pruning, report
+from dlpkit import archs, offload, pruning
 from dlpkit.calibration import Stream
 from dlpkit.patterns import Pattern
-
-CONFIG = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-    "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}  # fmt: skip
-SPREAD = 0.02  # of the random weights
 
 
 def main() -> None:
     args = parse()
     model = build(args.blocks)
     tokens = torch.randint(
-        0, CONFIG["vocab_size"], (args.windows, args.seqlen), generator=torch.Generator().manual_seed(0)
+        0, model.config.vocab_size, (args.windows, args.seqlen), generator=torch.Generator().manual_seed(0)
     )
     batches = list(tokens.split(args.batch_size))
     if args.offload:
@@ -49,34 +42,22 @@ def main() -> None:
         "prune_seconds": round(found.seconds["prune"], 2), "bare_forward_seconds": round(bare, 2), "passes": passes,
         "times_bare": round(total / bare, 3), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
     }  # fmt: skip
-    versions = report.versions()
-    row |= {key: versions[key] for key in ("gpu", "torch", "triton", "transformers")}
-    row |= {"commit": commit(args.commit), "command": " ".join(["python", *sys.argv])}
+    row |= environment(args.commit)
     print(json.dumps(row, indent=1))
     with args.rows.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def build(blocks: int) -> LlamaForCausalLM:
-    """The model on the host: normal weights, drawn on the GPU block by block; nothing is downloaded."""
-    config = LlamaConfig(num_hidden_layers=blocks, **CONFIG)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    gen = torch.Generator("cuda").manual_seed(0)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            value = torch.ones(parameter.shape, dtype=torch.bfloat16)
-            if parameter.ndim == 2:
-                value = (
-                    torch.randn(parameter.shape, generator=gen, device="cuda", dtype=torch.bfloat16).mul_(SPREAD).cpu()
-                )
-            setattr(module, name, nn.Parameter(value, requires_grad=False))
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+def build(blocks: int) -> PreTrainedModel:
+    """The model on the host: random weights, drawn on the GPU block by block; nothing is downloaded."""
+    config = copy.deepcopy(random_model.CONFIGS["llama-3-8b"])
+    config.num_hidden_layers = blocks
+    model = random_model.build(config).cpu()
     torch.cuda.empty_cache()
-    return model.eval()
+    return model
 
 
-def forwards(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
+def forwards(model: PreTrainedModel, batches: list[torch.Tensor]) -> float:
     """Seconds of one pass of all batches through all blocks, each on the GPU before the clock starts; nothing else is done."""
     stream = Stream(model, archs.of(model), batches, "cuda")
     seconds = 0.0

@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import random_model
 import torch
 from quality import environment
-from transformers import AutoConfig, AutoModelForCausalLM
+from rows import load
 
 from dlpkit import archs, data, edits, models, structure
 from dlpkit.edits import RULES, Drop
@@ -31,11 +32,6 @@ METHODS = {
 }  # fmt: skip
 HOW = {"trunk": {}, "lazy": {"lazy": True}, "early": {"early": 4.0}, "lazy early": {"lazy": True, "early": 4.0}}
 TARGETS = (0.1, 0.2, 0.3)
-LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}  # fmt: skip
-LLAMA_3_8B = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 8192,
-}  # fmt: skip
 PROMPT, NEW_TOKENS = 128, 256
 
 
@@ -58,8 +54,7 @@ def quality(args: argparse.Namespace, out: "Rows") -> None:
 
 def plans(args: argparse.Namespace, model, tokenizer) -> Iterator[dict]:
     """Method by method and target by target, the edits and how they were found."""
-    for line in args.replay.read_text().splitlines() if args.replay else []:
-        row = json.loads(line)
+    for row in load(args.replay) if args.replay else []:
         kept = ("method", "target", "share", "removed", "nsamples", "seqlen", "text_tokens")
         yield {key: row[key] for key in kept} | {"edits": read(row["removed"])}
     for name in [] if args.replay else args.methods:
@@ -123,7 +118,7 @@ def naive(model, windows: torch.Tensor, count: int, batch_size: int) -> tuple[li
 
 def shapes(args: argparse.Namespace, out: "Rows") -> None:
     """Seconds per removed block on Llama-2-7B shapes, and tokens per second of Llama-3-8B shapes before and after; random weights."""
-    model = random_model(LLAMA_2_7B)
+    model = random_model.build(random_model.CONFIGS["llama-2-7b"])
     windows = torch.randint(0, 32000, (4, 2048), generator=torch.Generator().manual_seed(args.seed))
     for lazy in (False, True):
         times = []
@@ -138,7 +133,7 @@ def shapes(args: argparse.Namespace, out: "Rows") -> None:
         )  # fmt: skip
     del model
     torch.cuda.empty_cache()
-    model = random_model(LLAMA_3_8B)
+    model = random_model.build(random_model.CONFIGS["llama-3-8b"])
     some = {
         "dense": [], "25 % of layers": [Drop(layer, "layer") for layer in range(22, 30)],
         "16 attentions, 11 MLPs": [Drop(i, "attn") for i in range(0, 32, 2)] + [Drop(i, "mlp") for i in range(1, 32, 3)],
@@ -151,13 +146,6 @@ def shapes(args: argparse.Namespace, out: "Rows") -> None:
                 bench="depth-tokens", shapes="llama-3-8b", what=name, share=budget.share(chosen), tokens_per_second=NEW_TOKENS / seconds,
                 decoded=how, prompt=PROMPT, kv_bytes_per_token=cache_bytes(model), dense_kv_bytes_per_token=full,
             )  # fmt: skip
-
-
-def random_model(config: dict):
-    """Random bfloat16 weights on the GPU."""
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config), dtype=torch.bfloat16).eval()
 
 
 @torch.no_grad()
