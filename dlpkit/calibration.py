@@ -177,7 +177,7 @@ def _record(
                 hidden.append(hidden_states)
             calls[index].append(_keep((args, kwargs), kept, seen, device))
             if index == len(blocks) - 1:
-                raise _Enough  # the final norm takes the host as long as all else
+                raise _Enough  # what comes after, the final norm, would keep the host busy for nothing
             return (hidden_states,) if as_tuple else hidden_states
 
         return forward
