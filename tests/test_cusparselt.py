@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_matmul import DEVICE, TOLERANCE, relative_error, sparse
+from test_matmul import DEVICE, TOLERANCE, check_operator, relative_error, sparse
 
 from dlpkit.kernels import algorithms, dispatch, runtime
 from dlpkit.kernels.formats import cusparselt, nm
@@ -129,15 +129,7 @@ def test_strides_and_leading_dimensions():
 @LIBRARY
 def test_operators_are_well_formed_and_gradients_those_of_dense():
     weight = sparse(64, 128, "2:4")
-    packed = cusparselt.pack(weight)
-    x, bias = (torch.randn(*s, dtype=weight.dtype, device=DEVICE, requires_grad=True) for s in ((9, 128), (64,)))
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.dlpkit.cusparselt_matmul, (x, bias, *packed._fields()), test_utils=checks)
-    grad = torch.randn(9, 64, dtype=weight.dtype, device=DEVICE)
-    got = torch.autograd.grad(packed.matmul(x, bias), (x, bias), grad)
-    want = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias), (x, bias), grad)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w)
+    check_operator(torch.ops.dlpkit.cusparselt_matmul, cusparselt.pack(weight), weight, 9)
 
 
 @LIBRARY

@@ -138,16 +138,32 @@ def test_operators_are_well_formed(pattern):
     torch.library.opcheck(op, (x, None, *packed._fields()), test_utils="test_autograd_registration")
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_gradients_are_those_of_dense(pattern):
-    weight = sparse(24, 40, pattern)
-    x = torch.randn(3, 40, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    bias = torch.randn(24, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    grad = torch.randn(3, 24, dtype=torch.bfloat16, device=DEVICE)
-    got = torch.autograd.grad(pack(weight, pattern).matmul(x, bias), (x, bias), grad)
+def check_operator(op, packed, weight, rows):
+    """The operator is well formed, for x and bias that want gradients, and those are dense's."""
+    x, bias = (torch.randn(*s, dtype=weight.dtype, device=DEVICE, requires_grad=True) for s in shapes(weight, rows))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(op, (x, bias, *packed._fields()), test_utils=checks)
+    check_gradients(packed, weight, rows)
+
+
+def check_gradients(packed, weight, rows):
+    x, bias = (torch.randn(*s, dtype=weight.dtype, device=DEVICE, requires_grad=True) for s in shapes(weight, rows))
+    grad = torch.randn(rows, weight.shape[0], dtype=weight.dtype, device=DEVICE)
+    got = torch.autograd.grad(packed.matmul(x, bias), (x, bias), grad)
     want = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias), (x, bias), grad)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
+
+
+def shapes(weight, rows):
+    """Of x and of the bias."""
+    return (rows, weight.shape[1]), (weight.shape[0],)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_gradients_are_those_of_dense(pattern):
+    weight = sparse(24, 40, pattern)
+    check_gradients(pack(weight, pattern), weight, 3)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the compiler and graphs want a GPU")

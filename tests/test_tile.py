@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_matmul import DEVICE, TOLERANCE, relative_error, sparse
+from test_matmul import DEVICE, TOLERANCE, check_operator, relative_error, sparse
 
 from dlpkit.kernels import runtime
 from dlpkit.kernels.formats import tile
@@ -59,16 +59,7 @@ def test_where_wgmma_is_missing_the_product_is_right(monkeypatch):
 @INTERPRETED
 def test_operators_are_well_formed_and_gradients_those_of_dense():
     weight = sparse(24, 40, "0.5")
-    packed = tile.pack(weight)
-    x = torch.randn(3, 40, dtype=weight.dtype, device=DEVICE, requires_grad=True)
-    bias = torch.randn(24, dtype=weight.dtype, device=DEVICE, requires_grad=True)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.dlpkit.tile_matmul, (x, bias, *packed._fields()), test_utils=checks)
-    grad = torch.randn(3, 24, dtype=weight.dtype, device=DEVICE)
-    got = torch.autograd.grad(packed.matmul(x, bias), (x, bias), grad)
-    want = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias), (x, bias), grad)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w)
+    check_operator(torch.ops.dlpkit.tile_matmul, tile.pack(weight), weight, 3)
 
 
 @WGMMA
