@@ -50,7 +50,7 @@ def _batch_kernel(
     first_unit = gl.program_id(0) * U
     last = gl.minimum(first_unit + U, units)
     tile, b, steps, stream, ring, extras = begin(
-        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, half, lane, ROUNDS
+        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, atoms, B, half, lane, ROUNDS
     )  # fmt: skip
     acc = gl.zeros([ROWS, M], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16]))
     for unit in range(first_unit, last):
@@ -65,7 +65,7 @@ def _batch_kernel(
         ends = (unit == last - 1) | (b == B - 1)
         done = tile
         tile, b, steps, extras = proceed(
-            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, last, atoms, B, half, lane, ROUNDS
+            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, atoms, B, half, lane, ROUNDS
         )  # fmt: skip
 
         async_copy.wait_group(0)

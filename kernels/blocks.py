@@ -13,7 +13,8 @@ import triton.language as tl
 RUNS = 8  # at a time
 FAR = tl.constexpr(15)  # the largest distance between two slots
 MOST = tl.constexpr(32)  # more steps than any block needs
-STEP_BYTES, EXTRA_BYTES = tl.constexpr(2560), tl.constexpr(4)  # with 16-bit values
+STEP_COST, EXTRA_COST = tl.constexpr(2560), tl.constexpr(8)  # see formats/tile.py
+AHEAD = 4  # steps that the kernels read past the last
 
 
 @triton.jit
@@ -76,8 +77,8 @@ def _steps_kernel(
     lower = _needs(w_ptr, block + B, c, N, K, B, RUNS)
     needs = upper + lower
     steps = tl.arange(0, MOST)
-    bytes = (tl.cumsum(needs, 0, reverse=True) - needs) * EXTRA_BYTES + steps * (2 * STEP_BYTES)
-    best = tl.argmin(bytes, 0)
+    costs = (tl.cumsum(needs, 0, reverse=True) - needs) * EXTRA_COST + steps * (2 * STEP_COST)
+    best = tl.argmin(costs, 0)
     tl.store(steps_ptr + block, best)
     tl.store(more_ptr + block, tl.sum(tl.where(steps > best, upper, 0)))
     tl.store(steps_ptr + block + B, best, mask=block + B < blocks)
@@ -160,8 +161,8 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         _steps_kernel[(-(-N // 128) * B,)](weight, counts[0], counts[1], N, K, B, blocks, RUNS=RUNS, num_warps=4)
         starts, extra_starts = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).to(torch.int32)
         steps, more = counts.sum(1).tolist()
-        values = torch.zeros(steps * 1024, dtype=weight.dtype, device=weight.device)
-        gaps = torch.zeros(steps * 128, dtype=torch.int32, device=weight.device)
+        values = torch.zeros((steps + AHEAD) * 1024, dtype=weight.dtype, device=weight.device)
+        gaps = torch.zeros((steps + AHEAD) * 128, dtype=torch.int32, device=weight.device)
         extras = torch.empty(more, dtype=weight.dtype, device=weight.device)
         places = torch.empty(more, dtype=torch.int16, device=weight.device)
         _fill_kernel[(blocks,)](

@@ -1,7 +1,7 @@
 """Blocks of a tile weight to dense tiles of shared memory, by threads that walk its lanes: see formats/tile.py for the layout.
 
-A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, four steps ahead and on into the next block, and
-stores every value at its place of a tile [256 columns][64 rows]: one 128-byte line to a column, with the swizzle of 128 bytes that wgmma
+A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, four steps ahead, on into the next block and past
+the last, and stores every value at its place of a tile [256 columns][64 rows]: one 128-byte line to a column, with the swizzle of 128 bytes that wgmma
 reads, 16-byte chunk i of line l at i ^ (l % 8). The 32 rows of a warp lie in 32 different banks of a line, and as all of them stand
 at about the same position their lines agree in l % 8: most stores meet no bank twice.
 
@@ -43,10 +43,9 @@ def _step_ptx() -> str:
 
 
 def _read_ptx(ahead: int) -> str:
-    """The slots of a lane `ahead` steps on, if that many are left."""
-    return f"""{{ .reg .pred p; setp.gt.s32 p, $7, {ahead};
-        @p ld.global.nc.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$5 + {2048 * ahead}];
-        @p ld.global.nc.L1::no_allocate.b32 $4, [$6 + {512 * ahead}]; }}"""
+    """The slots of a lane `ahead` steps on. Not .nc: such loads `_pin` would not hold."""
+    return f"""ld.global.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$5 + {2048 * ahead}];
+        ld.global.L1::no_allocate.b32 $4, [$6 + {512 * ahead}];"""
 
 
 def _zero_ptx(threads: int) -> str:
@@ -100,37 +99,34 @@ def walker(thread, TILE: gl.constexpr):
 
 
 @gluon.jit
-def find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half):
-    """Where to read block b of a tile of 64 rows: steps and extras; of each lane the first step, the steps left up to unit `last`, the
-    first extra and how many.
-    """
+def find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, half):
+    """Where to read block b of a tile of 64 rows: steps and extras; of each lane the first step, the first extra and how many."""
     at = gl.minimum(tile * B + b, atoms * B - 1)
     first = gl.load(starts_ptr + at)
     extra = gl.load(extra_starts_ptr + at)
     more = gl.load(extra_starts_ptr + at + 1) - extra
-    left = gl.load(starts_ptr + last) - first
-    return gl.load(starts_ptr + at + 1) - first, more, first + half, left + half, extra + half, more + half
+    return gl.load(starts_ptr + at + 1) - first, more, first + half, extra + half, more + half
 
 
 @gluon.jit
 def _read(stream, AHEAD: gl.constexpr):
     PTX: gl.constexpr = READ0 if AHEAD == 0 else READ1 if AHEAD == 1 else READ2 if AHEAD == 2 else READ3
     return gl.inline_asm_elementwise(
-        PTX, "=&r,=&r,=&r,=&r,=&r,l,l,r", [stream[0], stream[1], stream[2]],
+        PTX, "=&r,=&r,=&r,=&r,=&r,l,l", [stream[0], stream[1]],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def _past(stream, steps):
-    return stream[0] + steps * 512, stream[1] + steps * 128, stream[2] - steps
+    return stream[0] + steps * 512, stream[1] + steps * 128
 
 
 @gluon.jit
-def start(values_ptr, gaps_ptr, first, left, lane):
-    """A lane's stream, (values, gaps, steps left) past what has been read, and its first four steps."""
+def start(values_ptr, gaps_ptr, first, lane):
+    """A lane's stream, (values, gaps) past what has been read, and its first four steps."""
     at = first.to(gl.int64) * 128 + lane
-    stream = values_ptr + at * 4, gaps_ptr + at, left
+    stream = values_ptr + at * 4, gaps_ptr + at
     return _past(stream, 4), (_read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3))
 
 
@@ -157,26 +153,26 @@ def read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS: gl.constexpr)
 
 @gluon.jit
 def begin(
-    values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, unit, last, atoms, B, half, lane, ROUNDS: gl.constexpr
+    values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, unit, atoms, B, half, lane, ROUNDS: gl.constexpr
 ):  # fmt: skip
     """Of the first unit of a program with tiles of 64 rows: its tile, block and steps, stream and ring, and what `put_extras` wants."""
     tile = unit // B
     b = unit - tile * B
-    steps, most, first, left, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
-    stream, ring = start(values_ptr, gaps_ptr, first, left, lane)
+    steps, most, first, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, half)
+    stream, ring = start(values_ptr, gaps_ptr, first, lane)
     ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
     return tile, b, steps, stream, ring, (extra, most, ahead, mine)
 
 
 @gluon.jit
 def proceed(
-    extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, live, last, atoms, B, half, lane, ROUNDS: gl.constexpr
+    extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, live, atoms, B, half, lane, ROUNDS: gl.constexpr
 ):  # fmt: skip
     """The unit after block b of a tile, if need be of the next tile: tile, block, steps, and, if it is `live`, what `put_extras` wants."""
     b += 1
     tile = gl.where(b == B, tile + 1, tile)
     b = gl.where(b == B, 0, b)
-    steps, most, _, _, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, last, half)
+    steps, most, _, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, half)
     ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(live, more, 0), lane, ROUNDS)
     return tile, b, steps, (extra, most, ahead, mine)
 
@@ -222,18 +218,48 @@ def _step(c, slots, me):
 
 
 @gluon.jit
+def _pin():
+    """Loads after it are issued here: ptxas would move them down to where their values are used, and wait there for memory."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _read_four(stream):
+    _pin()
+    four = _read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3)
+    _pin()
+    return four
+
+
+@gluon.jit
 def walk(stream, ring, steps, me):
     """Store all steps of a block, and read the four that follow."""
     c = me[0]
-    for _ in range(0, steps // 4):
+    for _ in range(0, steps // 8):
+        # once four are there the next four are asked for: a multiprocessor cannot wait for the older of two loads alone
         c = _step(c, ring[0], me)
-        a = _read(stream, 0)
+        more = _read_four(stream)
         c = _step(c, ring[1], me)
-        b = _read(stream, 1)
         c = _step(c, ring[2], me)
-        d = _read(stream, 2)
         c = _step(c, ring[3], me)
-        ring = a, b, d, _read(stream, 3)
+        stream = _past(stream, 4)
+        c = _step(c, more[0], me)
+        ring = _read_four(stream)
+        c = _step(c, more[1], me)
+        c = _step(c, more[2], me)
+        c = _step(c, more[3], me)
+        stream = _past(stream, 4)
+    if steps % 8 >= 4:
+        c = _step(c, ring[0], me)
+        r0 = _read(stream, 0)
+        c = _step(c, ring[1], me)
+        r1 = _read(stream, 1)
+        c = _step(c, ring[2], me)
+        r2 = _read(stream, 2)
+        c = _step(c, ring[3], me)
+        ring = r0, r1, r2, _read(stream, 3)
         stream = _past(stream, 4)
     rest = steps % 4
     if rest == 1:

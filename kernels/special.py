@@ -73,8 +73,7 @@ def _scatter(
         upper = tile * 2 * B + begin
         lower = gl.minimum(tile * 2 + 1, atoms - 1) * B + begin  # without lower rows the upper ones again: never stored
         run = starts_ptr + gl.where(above, upper, lower)
-        first = gl.load(run)
-        stream, ring = start(values_ptr, gaps_ptr, first, gl.load(run + count) - first, lane)
+        stream, ring = start(values_ptr, gaps_ptr, gl.load(run), lane)
         before = _edges(starts_ptr, extra_starts_ptr, upper, lower)
         after = _edges(starts_ptr, extra_starts_ptr, upper + gl.minimum(1, count), lower + gl.minimum(1, count))
         waiting = _extras(extras_ptr, places_ptr, before, after, above, lane)

@@ -30,7 +30,7 @@ def _spread_kernel(
     first_unit = gl.program_id(0) * U
     last = gl.minimum(first_unit + U, units)
     tile, b, steps, stream, ring, extras = begin(
-        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, half, lane, ROUNDS
+        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, atoms, B, half, lane, ROUNDS
     )  # fmt: skip
     for unit in range(first_unit, last):
         clear(me, 4)
@@ -44,7 +44,7 @@ def _spread_kernel(
             out = out_ptr + column.to(gl.int64) * N + row
             gl.store(out, w.slice(64 * i, 64, 0).load(OUT), mask=(column < K) & (row < N))
         tile, b, steps, extras = proceed(
-            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, last, atoms, B, half, lane, ROUNDS
+            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, atoms, B, half, lane, ROUNDS
         )  # fmt: skip
         barrier()
 

@@ -145,7 +145,7 @@ def test_the_ptx_rebuilds_a_tile(density, half):
     high = np.full(128, 0x80808080 if half == 0 else 0, np.uint32)
     middle = np.full(128, base + 2**15, np.uint32)
     c = np.where(up, 0, 2**32 - 1).astype(np.uint32)
-    for values, word in zip(bits, gaps, strict=True):
+    for values, word in zip(bits[: packed.starts[-1]], gaps, strict=False):
         c = run(scatter.STEP.value, [None, *values.T, word, c, direction, low, high, middle], memory)
 
     extras, places = (

@@ -7,11 +7,11 @@ have all value bits zero; a stored weight never has, so -0.0 survives.
 
 All 128 lanes of a block, and those of the other block of the same columns in 128 rows, take the same number of steps of 8 slots.
 Short lanes begin with padding (distance 0, value 0), whose zero the first weight at that place replaces; what does not fit long
-lanes, the weights in the middle of the run, are **extras**, each with its place. The steps are those that take the fewest bytes: a mask
-that keeps as many weights in every row of every block (`0.5@256`) has no padding and few extras, and any other mask fits.
+lanes, the weights in the middle of the run, are **extras**, each with its place. The steps are those that cost least: a mask that keeps
+as many weights in every row of every block (`0.5@256`) has no padding and few extras, and any other mask fits.
 
     lane    end * 64 + row % 2 * 32 + row // 2: a warp is 32 rows of one parity, whose 16-bit elements lie in 32 different banks
-    values  [block][step][lane][8], blocks row by row
+    values  [block][step][lane][8], blocks row by row, and four steps of zeros, because the kernels read on past the last
     gaps    [block][step][lane] int32, slot j in the four bits from 8 * (j % 4) + 4 * (j // 4): one product sums four distances
     extras  [block][extra], and as long, places: that in the tile, k * 64 + (row // 8 ^ k % 8) * 8 + row % 8
 
@@ -32,15 +32,19 @@ if HAS_TRITON:
 ROWS, COLUMNS = 64, 256  # of a block
 LANES = 2 * ROWS
 FAR = 15  # the largest distance between two slots
-STEP_BYTES, EXTRA_BYTES = 20 * LANES, 4  # with 16-bit values
+STEP_COST, EXTRA_COST = (
+    20 * LANES,
+    8,
+)  # bytes with 16-bit values; an extra, of 4 bytes, counts twice, as it is read and stored alone
+AHEAD = 4  # steps that the kernels read past the last
 MOST = 32  # more steps than any block needs
 CHUNK = 2**22  # weights packed at a time
 
 
 @dataclass(frozen=True)
 class Tile:
-    values: torch.Tensor  # [starts[-1] * 128 * 8], dtype of the weight
-    gaps: torch.Tensor  # [starts[-1] * 128] int32
+    values: torch.Tensor  # [(starts[-1] + 4) * 128 * 8], dtype of the weight
+    gaps: torch.Tensor  # [(starts[-1] + 4) * 128] int32
     extras: torch.Tensor  # [extra_starts[-1]], dtype of the weight
     places: torch.Tensor  # [extra_starts[-1]] int16
     starts: torch.Tensor  # [blocks + 1] int32, steps before each block
@@ -103,6 +107,7 @@ def pack_ref(weight: torch.Tensor) -> Tile:
     rows = max(1, CHUNK // max(1, K) // (2 * ROWS)) * 2 * ROWS
     parts = [_pack_rows(part) for part in weight.split(rows)]
     values, gaps, extras, places, steps, more = (torch.cat(t) for t in zip(*parts, strict=True))
+    values, gaps = (torch.nn.functional.pad(t, (0, AHEAD * size)) for t, size in ((values, 8 * LANES), (gaps, LANES)))
     return Tile(values, gaps, extras, places, _starts(steps), _starts(more), _arrived(weight), N, K)
 
 
@@ -133,8 +138,8 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         -1, MOST
     )
     left_over = needs.flip(1).cumsum(1).flip(1) - needs  # [pairs, MOST] weights that need more steps
-    bytes = left_over * EXTRA_BYTES + torch.arange(MOST, device=device) * 2 * STEP_BYTES
-    steps = bytes.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:total]
+    costs = left_over * EXTRA_COST + torch.arange(MOST, device=device) * 2 * STEP_COST
+    steps = costs.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:total]
     starts = steps.cumsum(0) - steps
 
     fits = nth <= 8 * steps[block]
@@ -170,13 +175,13 @@ def unpack_ref(packed: Tile) -> torch.Tensor:
     T = int(steps.sum())
     block = torch.repeat_interleave(steps)  # [T] block of a step
     slot = torch.arange(8, device=device)
-    gap = (packed.gaps.view(T, LANES, 1) >> (slot % 4 * 8 + slot // 4 * 4)) & FAR  # [T, LANES, 8]
+    gap = (packed.gaps.view(T + AHEAD, LANES, 1)[:T] >> (slot % 4 * 8 + slot // 4 * 4)) & FAR  # [T, LANES, 8]
     walked = torch.nn.functional.pad(gap.sum(2).cumsum(0), (0, 0, 1, 0))  # [T + 1, LANES], all blocks in one walk
     at = gap.cumsum(2) + (walked[:-1] - walked[packed.starts[:-1].long()][block])[:, :, None]
     lane = torch.arange(LANES, device=device)[:, None]
     at = torch.where(lane < ROWS, at, COLUMNS - 1 - at)
     run = block[:, None, None] * ROWS + lane % 32 * 2 + lane % ROWS // 32
-    values = packed.values.view(T, LANES, 8)
+    values = packed.values.view(T + AHEAD, LANES, 8)[:T]
     holds = values.view(BITS[values.element_size()]) != 0
     ordered = torch.zeros(steps.numel() * ROWS, COLUMNS, dtype=values.dtype, device=device)
     ordered[run.expand_as(at)[holds], at[holds]] = values[holds]
