@@ -19,7 +19,7 @@ from dlpkit.kernels import dispatch, formats
 SHAPES = [(14336, 4096), (4096, 14336), (8192, 8192), (4096, 4096)]
 WEIGHTS = [("tile", f"{sparsity}@256") for sparsity in ("0.5", "0.6", "0.7", "0.8")]
 WEIGHTS += [("tile", "0.5"), ("tile", "0.7"), ("tile", "2:4"), ("sell", "0.5"), ("sell", "0.7"), ("nm", "2:4")]
-WEIGHTS += [("cusparselt", "2:4")]
+WEIGHTS += [("fragment", "2:4"), ("cusparselt", "2:4")]
 ROWS = [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
 
 

@@ -29,12 +29,14 @@ UNSTRUCTURED = ["0.5", "0.6", "0.7", "0.8"]
 PATTERNS = {
     "sell": UNSTRUCTURED,
     "nm": ["2:4"],
+    "fragment": ["2:4"],
     "tile": [*(f"{sparsity}@256" for sparsity in UNSTRUCTURED), "0.5", "0.7", "2:4"],
 }
 FEW, MANY = [1, 2, 4, 8, 16, 24, 32, 48, 64], [16, 32, 64, 128, 256, 512, 1024, 2048]
 KERNELS = {  # format -> kernel -> rows of x
     "sell": {"walk": FEW, "expand": MANY},
     "nm": {"pick": FEW, "expand": MANY},
+    "fragment": {"mma": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], "expand": MANY[4:]},
     "tile": {"batch": [8, 16, 32, 64, 128], "special": [32, 64, 128, 256, 512, 1024], "expand": MANY[2:]},
 }
 TIMED_MS = 6

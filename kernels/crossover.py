@@ -51,7 +51,7 @@ def best(
     N: int, K: int, M: int, kept: float, mask: str, runs: Callable[[str], bool] = lambda format: True
 ) -> tuple[str, Choice]:
     """The format whose fastest kernel is fastest, of those that take the mask and that `runs` says run, and that kernel."""
-    takes = [format for format in SPEED if (format != "nm" or ":" in mask) and runs(format)]
+    takes = [format for format in SPEED if _takes(format, mask) and runs(format)]
     found = {format: fastest(format, N, K, M, kept, mask) for format in takes}
     format = max(found, key=lambda format: found[format].speed)
     return format, found[format]
@@ -67,6 +67,10 @@ def _nearest(format: str, N: int, K: int, kept: float, mask: str) -> tuple[Layer
 
     layer = min((Layer(*where) for _, *where in SPEED[format]), key=far)
     return layer, {kernel: speeds for (kernel, *where), speeds in SPEED[format].items() if Layer(*where) == layer}
+
+
+def _takes(format: str, mask: str) -> bool:
+    return format not in ("nm", "fragment") or (":" in mask if format == "nm" else mask == "2:4")
 
 
 def _kind(mask: str) -> str:

@@ -16,6 +16,7 @@ from dlpkit.kernels.runtime import GLUON, HAS_GLUON, HAS_TRITON, use_wgmma
 from dlpkit.kernels.tiles import SMALLEST
 
 MEASURED = {(9, 0): "H100"}  # compute capability -> where the table was filled
+WGMMA = ("tile", "fragment")  # formats whose kernels are Hopper's
 LARGEST = 8192  # rows of x that are asked about
 DENSEST = 0.5  # share of weights kept up to which packed kernels were measured
 
@@ -62,7 +63,7 @@ def choose_for(
         return "dense", f"a {N} x {K} weight is too small for a sparse kernel to win"
     if density > DENSEST + 0.001:
         return "dense", f"{density:.0%} of the weights are kept, a sparse kernel wins up to {DENSEST:.0%}"
-    best, found = crossover.best(N, K, batch, density, mask, lambda format: format != "tile" or HAS_GLUON)
+    best, found = crossover.best(N, K, batch, density, mask, lambda format: format not in WGMMA or HAS_GLUON)
     how = f"{best} at {_rows(batch)} was measured {found.speed:.2f} times as fast as cuBLAS ({found.layer})"
     return (best if found.speed >= 1 else "dense"), how
 
@@ -70,14 +71,14 @@ def choose_for(
 def explain(packed: Packed, M: int) -> tuple[str, str]:
     """(kernel, reason): what multiplies M rows of x by a packed weight where it lives. Of a dense one, what the best sparse kernel would do.
 
-    Kernels: cublas, or torch's own on a CPU, reference, walk, pick, batch, special, cusparselt, expand (which is followed by cuBLAS).
+    Kernels: cublas, or torch's own on a CPU, reference, walk, pick, batch, special, mma, cusparselt, expand (which is followed by cuBLAS).
     """
     format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
     if format == "dense":
         return "cublas" if device.type == "cuda" else "torch", f"the weight is dense: {choose(packed.values, M)[1]}"
     if device.type != "cuda" or not HAS_TRITON or packed.values.element_size() != 2:
         return "reference", "Triton's kernels take 16-bit weights on a GPU: decoded to dense at every call"
-    if format == "tile" and not use_wgmma(device):
+    if format in WGMMA and not use_wgmma(device):
         return "expand", f"the batch kernels want a Hopper GPU and Triton {' or '.join(GLUON)}"
     if format == "cusparselt":
         few = f"slower than cuBLAS on most dense weights below {algorithms.FEWEST} rows of x"
@@ -92,7 +93,7 @@ def explain(packed: Packed, M: int) -> tuple[str, str]:
 def most_rows(packed: Packed) -> int:
     """The rows of x up to which a packed weight multiplies at least as fast as a dense one, where it lives; 0 if not even one."""
     format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
-    if not available(device)[0] or packed.values.element_size() != 2 or (format == "tile" and not use_wgmma(device)):
+    if not available(device)[0] or packed.values.element_size() != 2 or (format in WGMMA and not use_wgmma(device)):
         return 0
     kept = packed.values.numel() / max(1, N * K)
     won = itertools.takewhile(lambda M: crossover.fastest(format, N, K, M, kept).speed >= 1, range(1, LARGEST + 1))

@@ -9,15 +9,16 @@ import contextlib
 
 import torch
 
-from dlpkit.kernels import blocks, crossover, expand, pick, vendor, walk
+from dlpkit.kernels import blocks, crossover, expand, fragments, pick, vendor, walk
 from dlpkit.kernels.runtime import HAS_GLUON, use_wgmma
 
 if HAS_GLUON:
-    from dlpkit.kernels import batch, spread
+    from dlpkit.kernels import batch, mma, spread
 
 SELL = "Tensor values, Tensor gaps, Tensor bases, Tensor order, Tensor pairs, Tensor steps"
 NM = "Tensor values, Tensor codes"
 TILE = "Tensor values, Tensor gaps, Tensor extras, Tensor places, Tensor starts, Tensor extra_starts, Tensor arrived"
+FRAGMENT = "Tensor values, Tensor codes, Tensor arrived"
 GRID = "int N, int K, int rows, int segments"
 
 torch.library.define("dlpkit::sell_matmul", f"(Tensor x, Tensor? bias, {SELL}, {GRID}) -> Tensor")
@@ -28,6 +29,8 @@ torch.library.define(
 torch.library.define("dlpkit::nm_dense", f"({NM}, {GRID}, int n, int m, int step, int steps) -> Tensor")
 torch.library.define("dlpkit::tile_matmul", f"(Tensor x, Tensor? bias, {TILE}, int N, int K) -> Tensor")
 torch.library.define("dlpkit::tile_dense", f"({TILE}, int N, int K) -> Tensor")
+torch.library.define("dlpkit::fragment_matmul", f"(Tensor x, Tensor? bias, {FRAGMENT}, int N, int K) -> Tensor")
+torch.library.define("dlpkit::fragment_dense", f"({FRAGMENT}, int N, int K) -> Tensor")
 torch.library.define("dlpkit::cusparselt_matmul", "(Tensor x, Tensor? bias, Tensor values, int N, int K) -> Tensor")
 torch.library.define("dlpkit::cusparselt_dense", "(Tensor values, int N, int K) -> Tensor")
 
@@ -96,6 +99,18 @@ def _tile_matmul(x, bias, values, gaps, extras, places, starts, extra_starts, ar
     return x @ dense if bias is None else torch.addmm(bias, x, dense)
 
 
+@_kernel("dlpkit::fragment_dense")
+def _fragment_dense(values, codes, arrived, N, K):
+    return fragments.dense(values.view(torch.int16), codes, N, K).view(values.dtype)
+
+
+@_kernel("dlpkit::fragment_matmul")
+def _fragment_matmul(x, bias, values, codes, arrived, N, K):
+    if not use_wgmma(x.device) or _kernel_for("fragment", x, values, N, K) == crossover.EXPAND:
+        return torch.nn.functional.linear(x, _fragment_dense(values, codes, arrived, N, K), bias)
+    return mma.multiply(x, values, codes, arrived, None if bias is None else bias.contiguous(), N, K)
+
+
 @_kernel("dlpkit::cusparselt_dense")
 def _cusparselt_dense(values, N, K):
     return vendor.dense(values, N, K)
@@ -119,6 +134,16 @@ def _nm_dense_fake(values, codes, N, K, *grid):
 @torch.library.register_fake("dlpkit::tile_dense")
 def _tile_dense_fake(values, gaps, extras, places, starts, extra_starts, arrived, N, K):
     return values.new_empty(N, K)
+
+
+@torch.library.register_fake("dlpkit::fragment_dense")
+def _fragment_dense_fake(values, codes, arrived, N, K):
+    return values.new_empty(N, K)
+
+
+@torch.library.register_fake("dlpkit::fragment_matmul")
+def _fragment_matmul_fake(x, bias, values, codes, arrived, N, K):
+    return x.new_empty(x.shape[0], N)
 
 
 @torch.library.register_fake("dlpkit::cusparselt_dense")
@@ -164,6 +189,9 @@ def _backward(dense):
 torch.library.register_autograd("dlpkit::sell_matmul", _backward(torch.ops.dlpkit.sell_dense), setup_context=_keep)
 torch.library.register_autograd("dlpkit::nm_matmul", _backward(torch.ops.dlpkit.nm_dense), setup_context=_keep)
 torch.library.register_autograd("dlpkit::tile_matmul", _backward(torch.ops.dlpkit.tile_dense), setup_context=_keep)
+torch.library.register_autograd(
+    "dlpkit::fragment_matmul", _backward(torch.ops.dlpkit.fragment_dense), setup_context=_keep
+)
 torch.library.register_autograd(
     "dlpkit::cusparselt_matmul", _backward(torch.ops.dlpkit.cusparselt_dense), setup_context=_keep
 )

@@ -82,6 +82,12 @@ def count(weight: torch.Tensor) -> int:
     return int(torch.stack([torch.count_nonzero(part) for part in parts]).sum()) if weight.numel() else 0
 
 
+def fullest(weight: torch.Tensor, m: int) -> int:
+    """The most weights of [N, K], contiguous, held in a group of m neighbours of a row."""
+    keep = torch.nn.functional.pad(held(weight), (0, -weight.shape[1] % m))
+    return int(keep.view(-1, m).sum(1, dtype=torch.uint8).max()) if weight.numel() else 0
+
+
 def unpack_mask(mask: torch.Tensor, K: int) -> torch.Tensor:
     """[N, ceil(K / 8)] uint8 -> [N, K] bool."""
     place = torch.arange(8, dtype=torch.uint8, device=mask.device)

@@ -15,6 +15,7 @@ from dlpkit.kernels import (
     compact,
     cull,
     expand,
+    fragments,
     group,
     lanes,
     pick,
@@ -122,6 +123,8 @@ KINDS = (
     (slots._fill_kernel, LANE),
     (arrange._level_kernel, {"BLOCK": 8, "OTHERS": 256}),
     (arrange._wave_kernel, {"BLOCK": 8, "OTHERS": 256}),
+    (fragments._pack_kernel, {}),
+    (fragments._dense_kernel, {}),
 ])  # fmt: skip
 def test_packing_kernels(kernel, constants, capability):
     kinds = {name: KINDS.get(name, "*i16") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}

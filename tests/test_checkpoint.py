@@ -135,7 +135,7 @@ def test_an_edited_model_can_be_edited_and_unpacked(tokens, tmp_path):
     assert not hasattr(model.config, "quantization_config")
 
 
-@pytest.mark.parametrize("runtime", [name for name in formats.names() if name not in ("nm", "cusparselt")])
+@pytest.mark.parametrize("runtime", [name for name in formats.names() if name not in ("nm", "fragment", "cusparselt")])
 def test_runtime_formats_agree_and_save_the_same_bytes(runtime, folder, tokens, tmp_path):
     model = dlpkit.load(folder, runtime=runtime)
     assert {sparse.format for sparse in sparse_linears(model).values()} == {runtime}
@@ -274,7 +274,7 @@ def test_damaged_config_is_refused(edit, message, folder, tmp_path):
 
 
 def test_unknown_runtime_lists_the_known(folder):
-    with pytest.raises(ValueError, match="'auto' or one of cusparselt, dense, nm, sell, tile"):
+    with pytest.raises(ValueError, match="'auto' or one of cusparselt, dense, fragment, nm, sell, tile"):
         dlpkit.load(folder, runtime="csr")
 
 

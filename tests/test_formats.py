@@ -34,7 +34,7 @@ def random_sparse(N, K, density, dtype=torch.float32, seed=0, nm=None):
 
 
 def suited(format, N, K, density, dtype=torch.float32, seed=0):
-    return random_sparse(N, K, density, dtype, seed, nm=(2, 4) if format in ("nm", "cusparselt") else None)
+    return random_sparse(N, K, density, dtype, seed, nm=(2, 4) if format in ("nm", "fragment", "cusparselt") else None)
 
 
 def bits(t):
@@ -142,5 +142,5 @@ def test_nm_refuses_unstructured():
 
 
 def test_unknown_format_lists_the_known():
-    with pytest.raises(ValueError, match="cusparselt, dense, nm, sell, tile"):
+    with pytest.raises(ValueError, match="cusparselt, dense, fragment, nm, sell, tile"):
         formats.get("csr")

@@ -19,25 +19,25 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dlpkit.kernels import batch, blocks, scatter, special, spread
+from dlpkit.kernels import batch, blocks, mma, scatter, special, spread
 
-KINDS = dict.fromkeys(("values_ptr", "gaps_ptr", "starts_ptr", "extra_starts_ptr", "arrived_ptr"), "*i32")
+KINDS = dict.fromkeys(("values_ptr", "gaps_ptr", "codes_ptr", "starts_ptr", "extra_starts_ptr", "arrived_ptr"), "*i32")
 KINDS |= {"extras_ptr": "*i16", "places_ptr": "*i16", "parts_ptr": "*fp32"}
 
 
-def compiled(kernel, dtype, registers=None, **constants):
+def compiled(kernel, dtype, registers=None, warps=4, **constants):
     constants["DTYPE"] = dtype
     kinds = {name: KINDS.get(name, f"*{dtype}") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
     kinds |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
-    options = {"num_warps": 4} | ({"maxnreg": registers} if registers else {})
+    options = {"num_warps": warps} | ({"maxnreg": registers} if registers else {})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
 
 
-def check_tiles_come_first(asm, size):
+def check_tiles_come_first(asm, size, known=()):
     """The stores count from the start of shared memory: whatever else Triton put there lies behind the tiles."""
-    others = {int(offset) for offset in re.findall(r"@global_smem, i\d+ (\d+)", asm["llir"])}
+    others = {int(offset) for offset in re.findall(r"@global_smem, i\d+ (\d+)", asm["llir"])} - set(known)
     assert not others or min(others) >= size
 
 
@@ -57,6 +57,27 @@ def test_special_compiles(dtype, M):
     check_tiles_come_first(asm, 2**17)
     # the most extras of two blocks: before the loop over units and in it, for both groups
     assert len(re.findall(r"max\.s32", asm["ptx"])) >= 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "M", "warps"), [(torch.bfloat16, 8, 4), (torch.float16, 32, 4), (torch.bfloat16, 128, 8)]
+)
+def test_mma_compiles(dtype, M, warps):
+    product = mma.product(M, dtype)
+    options = {"STAGES": mma.STAGES[warps][M], "EARLY": True, **product}
+    asm = compiled(mma._mma_kernel, mma.DTYPES[dtype], warps=warps, M=M, BIAS=True, SPLIT=True, **options)
+    kind = "bf16" if dtype == torch.bfloat16 else "f16"
+    assert f"wgmma.mma_async.sp.sync.aligned.m64n{M}k32.f32.{kind}" in asm["ptx"]
+    assert "griddepcontrol.wait" in asm["ptx"]
+    x = range(0, mma.STAGES[warps][M] * M * 128, M * 128)  # the stages of x
+    check_tiles_come_first(asm, x.stop + mma.STAGES[warps][M] * warps // 4 * mma.STEP.value, x)
+
+
+@pytest.mark.parametrize(("N", "K", "M", "warps", "units"), [
+    (14336, 4096, 128, 8, 64), (14336, 4096, 16, 4, 64), (4096, 4096, 64, 4, 16), (1, 8, 8, 4, 1), (28672, 8192, 8, 4, 128),
+])  # fmt: skip
+def test_shares_of_mma(N, K, M, warps, units):
+    assert mma.share(N, K, M, sms=132) == (warps, units)
 
 
 def test_spread_compiles():

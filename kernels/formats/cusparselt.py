@@ -17,7 +17,7 @@ import torch
 
 from dlpkit.kernels.formats import Packed, nm
 from dlpkit.kernels.runtime import HAS_TRITON, use_cusparselt
-from dlpkit.kernels.storage import held
+from dlpkit.kernels.storage import fullest
 
 if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
@@ -68,9 +68,9 @@ def pack(weight: torch.Tensor) -> Packed:
     if weight.ndim != 2:
         raise ValueError(f"cusparselt.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
     weight = weight.detach().contiguous()
-    fullest = _fullest(weight)
-    if fullest > 2:
-        raise ValueError(f"cusparselt.pack wants a weight that is 2:4 sparse, this one keeps {fullest} of 4 somewhere")
+    most = fullest(weight, 4)
+    if most > 2:
+        raise ValueError(f"cusparselt.pack wants a weight that is 2:4 sparse, this one keeps {most} of 4 somewhere")
     if not runs(*weight.shape, weight.dtype, weight.device):
         return nm.pack(weight)
     if not bool(weight.isfinite().all()) or bool((weight.view(torch.int16) == -(2**15)).any()):
@@ -81,11 +81,3 @@ def pack(weight: torch.Tensor) -> Packed:
 def runs(N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether cuSPARSELt multiplies by a weight [N, K]."""
     return dtype in DTYPES and N * K > 0 and N % SIDE == K % SIDE == 0 and use_cusparselt(device)
-
-
-def _fullest(weight: torch.Tensor) -> int:
-    """The most weights held in four neighbours of a row."""
-    keep = held(weight)  # [N, K]
-    if weight.shape[1] % 4:
-        keep = torch.nn.functional.pad(keep, (0, -weight.shape[1] % 4))
-    return int(keep.view(-1, 4).sum(1, dtype=torch.uint8).max()) if weight.numel() else 0
