@@ -36,8 +36,8 @@ FEW, MANY = [1, 2, 4, 8, 16, 24, 32, 48, 64], [16, 32, 64, 128, 256, 512, 1024, 
 KERNELS = {  # format -> kernel -> rows of x
     "sell": {"walk": FEW, "expand": MANY},
     "nm": {"pick": FEW, "expand": MANY},
-    "fragment": {"mma": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048], "expand": MANY[4:]},
-    "tile": {"batch": [8, 16, 32, 64, 128], "special": [32, 64, 128, 256, 512, 1024], "expand": MANY[2:]},
+    "fragment": {"mma": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], "expand": MANY[4:]},
+    "tile": {"batch": [8, 16, 32, 64, 128], "special": [32, 64, 128, 256], "expand": MANY[2:]},
 }
 TIMED_MS = 6
 

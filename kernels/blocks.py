@@ -13,7 +13,7 @@ import triton.language as tl
 RUNS = 8  # at a time
 FAR = tl.constexpr(15)  # the largest distance between two slots
 MOST = tl.constexpr(32)  # more steps than any block needs
-STEP_COST, EXTRA_COST = tl.constexpr(2560), tl.constexpr(8)  # see formats/tile.py
+STEP_BYTES, EXTRA_BYTES = tl.constexpr(2560), tl.constexpr(4)  # with 16-bit values
 AHEAD = 4  # steps that the kernels read past the last
 
 
@@ -77,8 +77,8 @@ def _steps_kernel(
     lower = _needs(w_ptr, block + B, c, N, K, B, RUNS)
     needs = upper + lower
     steps = tl.arange(0, MOST)
-    costs = (tl.cumsum(needs, 0, reverse=True) - needs) * EXTRA_COST + steps * (2 * STEP_COST)
-    best = tl.argmin(costs, 0)
+    bytes = (tl.cumsum(needs, 0, reverse=True) - needs) * EXTRA_BYTES + steps * (2 * STEP_BYTES)
+    best = tl.argmin(bytes, 0)
     tl.store(steps_ptr + block, best)
     tl.store(more_ptr + block, tl.sum(tl.where(steps > best, upper, 0)))
     tl.store(steps_ptr + block + B, best, mask=block + B < blocks)

@@ -21,9 +21,9 @@ from dlpkit.kernels.product import fetch, finish, join
 from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.scatter import barrier
 
-FEWEST, MOST = 8, 128  # rows of x in a launch
+FEWEST, MOST = 16, 128  # rows of x in a launch
 STAGES = {  # warps -> M of the kernel -> steps in shared memory: H100, 14336 x 4096 and 4096 x 4096
-    4: {8: 12, 16: 12, 32: 9, 64: 8, 128: 4},
+    4: {16: 12, 32: 9, 64: 8, 128: 4},
     8: {64: 10, 128: 7},
 }
 RESIDENT = {4: 2, 8: 1}  # warps -> programs of a multiprocessor

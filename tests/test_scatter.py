@@ -51,8 +51,7 @@ def test_batch_compiles(dtype, M, split):
 
 @pytest.mark.parametrize(("dtype", "M"), [(gl.bfloat16, 64), (gl.float16, 128)])
 def test_special_compiles(dtype, M):
-    options = {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS}
-    asm = compiled(special.special_kernel, dtype, M=M, BIAS=False, SPLIT=True, **options)
+    asm = compiled(special.special_kernel, dtype, M=M, BIAS=False, SPLIT=True, **special.OPTIONS[M])
     assert "setmaxnreg" in asm["ptx"]
     check_tiles_come_first(asm, 2**17)
     # the most extras of two blocks: before the loop over units and in it, for both groups
@@ -60,7 +59,7 @@ def test_special_compiles(dtype, M):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "M", "warps"), [(torch.bfloat16, 8, 4), (torch.float16, 32, 4), (torch.bfloat16, 128, 8)]
+    ("dtype", "M", "warps"), [(torch.bfloat16, 16, 4), (torch.float16, 32, 4), (torch.bfloat16, 128, 8)]
 )
 def test_mma_compiles(dtype, M, warps):
     product = mma.product(M, dtype)
@@ -74,7 +73,7 @@ def test_mma_compiles(dtype, M, warps):
 
 
 @pytest.mark.parametrize(("N", "K", "M", "warps", "units"), [
-    (14336, 4096, 128, 8, 64), (14336, 4096, 16, 4, 64), (4096, 4096, 64, 4, 16), (1, 8, 8, 4, 1), (28672, 8192, 8, 4, 128),
+    (14336, 4096, 128, 8, 64), (14336, 4096, 16, 4, 64), (4096, 4096, 64, 4, 16), (1, 8, 16, 4, 1), (28672, 8192, 16, 4, 128),
 ])  # fmt: skip
 def test_shares_of_mma(N, K, M, warps, units):
     assert mma.share(N, K, M, sms=132) == (warps, units)

@@ -7,8 +7,8 @@ have all value bits zero; a stored weight never has, so -0.0 survives.
 
 All 128 lanes of a block, and those of the other block of the same columns in 128 rows, take the same number of steps of 8 slots.
 Short lanes begin with padding (distance 0, value 0), whose zero the first weight at that place replaces; what does not fit long
-lanes, the weights in the middle of the run, are **extras**, each with its place. The steps are those that cost least: a mask that keeps
-as many weights in every row of every block (`0.5@256`) has no padding and few extras, and any other mask fits.
+lanes, the weights in the middle of the run, are **extras**, each with its place. The steps are those that take the fewest bytes: a mask
+that keeps as many weights in every row of every block (`0.5@256`) has no padding and few extras, and any other mask fits.
 
     lane    end * 64 + row % 2 * 32 + row // 2: a warp is 32 rows of one parity, whose 16-bit elements lie in 32 different banks
     values  [block][step][lane][8], blocks row by row, and four steps of zeros, because the kernels read on past the last
@@ -32,13 +32,10 @@ if HAS_TRITON:
 ROWS, COLUMNS = 64, 256  # of a block
 LANES = 2 * ROWS
 FAR = 15  # the largest distance between two slots
-STEP_COST, EXTRA_COST = (
-    20 * LANES,
-    8,
-)  # bytes with 16-bit values; an extra, of 4 bytes, counts twice, as it is read and stored alone
+STEP_BYTES, EXTRA_BYTES = 20 * LANES, 4  # with 16-bit values
 AHEAD = 4  # steps that the kernels read past the last
 MOST = 32  # more steps than any block needs
-CHUNK = 2**22  # weights packed at a time
+CHUNK = 2**22  # weights packed, or counted, at a time
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,8 @@ def is_balanced(weight: torch.Tensor) -> bool:
     whole = weight[:, : weight.shape[1] // COLUMNS * COLUMNS]
     if not whole.numel():
         return False
-    counts = (whole != 0).unflatten(1, (-1, COLUMNS)).sum(2)
+    parts = whole.split(max(1, CHUNK // whole.shape[1]))  # torch counts through 8 bytes for each
+    counts = torch.cat([(part != 0).unflatten(1, (-1, COLUMNS)).sum(2) for part in parts])
     return bool(counts.min() == counts.max())
 
 
@@ -138,8 +136,8 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         -1, MOST
     )
     left_over = needs.flip(1).cumsum(1).flip(1) - needs  # [pairs, MOST] weights that need more steps
-    costs = left_over * EXTRA_COST + torch.arange(MOST, device=device) * 2 * STEP_COST
-    steps = costs.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:total]
+    bytes = left_over * EXTRA_BYTES + torch.arange(MOST, device=device) * 2 * STEP_BYTES
+    steps = bytes.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:total]
     starts = steps.cumsum(0) - steps
 
     fits = nth <= 8 * steps[block]
