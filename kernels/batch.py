@@ -111,7 +111,7 @@ def multiply(
             launched, options["maxnreg"] = _batch_kernel, REGISTERS[M]
         else:
             launched = special.special_kernel
-            options |= special.OPTIONS[M]
+            options |= {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS}
         launched[(programs,)](
             part, *weight, y if bias is None else bias, y[i:], parts, arrived,
             N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, atoms, B, tiles * B, U, **options,

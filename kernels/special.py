@@ -20,9 +20,9 @@ from dlpkit.kernels.product import fetch, finish, join
 from dlpkit.kernels.scatter import COLUMNS, barrier, clear, put_extras, read_extras, start, walk, walker
 
 ROWS = gl.constexpr(128)  # of a tile
-# rows of x -> chunks of x in shared memory, rounds of extras that are read ahead, one to a thread, and registers of a thread that
-# scatters; those that multiply have the rest, of which at 128 rows the sums and joining parts take all
-OPTIONS = {64: {"STAGES": 4, "ROUNDS": 4, "REGISTERS": 80}, 128: {"STAGES": 3, "ROUNDS": 1, "REGISTERS": 72}}
+ROUNDS = gl.constexpr(1)  # of extras that are read ahead, one to a thread
+STAGES = {64: 4, 128: 3}  # rows of x -> chunks of x in shared memory
+REGISTERS = 72  # of a thread that scatters; those that multiply have the rest, of which joining parts takes all
 JOIN = 3  # units that adding the parts of a tile takes as long as: H100, 14336 x 4096
 
 
@@ -47,7 +47,7 @@ def _edges(starts_ptr, extra_starts_ptr, upper, lower):
 
 
 @gluon.jit
-def _extras(extras_ptr, places_ptr, before, after, above, lane, ROUNDS: gl.constexpr):
+def _extras(extras_ptr, places_ptr, before, after, above, lane):
     """Of a block, what `put_extras` wants."""
     extra = gl.where(above, before[1], before[2])
     more = gl.where(above, after[1] - before[1], after[2] - before[2])
@@ -58,7 +58,7 @@ def _extras(extras_ptr, places_ptr, before, after, above, lane, ROUNDS: gl.const
 @gluon.jit
 def _scatter(
     full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B,
-    ROUNDS: gl.constexpr, GROUP: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     lane, half, me = walker(gl.arange(0, 256, gl.BlockedLayout([1], [32], [8], [0])), GROUP)
     above = half == 0
@@ -76,7 +76,7 @@ def _scatter(
         stream, ring = start(values_ptr, gaps_ptr, gl.load(run), lane)
         before = _edges(starts_ptr, extra_starts_ptr, upper, lower)
         after = _edges(starts_ptr, extra_starts_ptr, upper + gl.minimum(1, count), lower + gl.minimum(1, count))
-        waiting = _extras(extras_ptr, places_ptr, before, after, above, lane, ROUNDS)
+        waiting = _extras(extras_ptr, places_ptr, before, after, above, lane)
         for i in range(0, count):
             behind = gl.minimum(i + 2, count)
             later = _edges(starts_ptr, extra_starts_ptr, upper + behind, lower + behind)
@@ -86,7 +86,7 @@ def _scatter(
             put_extras(extras_ptr, places_ptr, waiting, lane, me, ROUNDS)
             stream, ring = walk(stream, ring, after[0] - before[0], me)
             before, after = after, later
-            waiting = _extras(extras_ptr, places_ptr, before, after, above, lane, ROUNDS)
+            waiting = _extras(extras_ptr, places_ptr, before, after, above, lane)
             fence_async_shared()
             barrier()
             mbarrier.arrive(full)
@@ -147,7 +147,7 @@ def special_kernel(
     x_ptr, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
     N, octets, x_rows, stride_x, atoms, B, units, U,
     M: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
-    ROUNDS: gl.constexpr, REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     w = gl.allocate_shared_memory(DTYPE, [2, COLUMNS, ROWS], SHARED)
@@ -163,8 +163,8 @@ def special_kernel(
     gl.warp_specialize(
         [
             (_multiply, (w, xs, room, full, empty, x_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, octets, x_rows, stride_x, first_unit, last, B, U, M, BIAS, SPLIT)),
-            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, ROUNDS, 0)),
-            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, ROUNDS, 1)),
+            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 0)),
+            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 1)),
         ],
         [8, 8], [REGISTERS, REGISTERS],
     )  # fmt: skip

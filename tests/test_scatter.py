@@ -51,7 +51,8 @@ def test_batch_compiles(dtype, M, split):
 
 @pytest.mark.parametrize(("dtype", "M"), [(gl.bfloat16, 64), (gl.float16, 128)])
 def test_special_compiles(dtype, M):
-    asm = compiled(special.special_kernel, dtype, M=M, BIAS=False, SPLIT=True, **special.OPTIONS[M])
+    options = {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS}
+    asm = compiled(special.special_kernel, dtype, M=M, BIAS=False, SPLIT=True, **options)
     assert "setmaxnreg" in asm["ptx"]
     check_tiles_come_first(asm, 2**17)
     # the most extras of two blocks: before the loop over units and in it, for both groups
