@@ -2,7 +2,7 @@
 
     python benchmarks/depth.py quality smollm2-135m --text c4.jsonl --eval-text wiki.test.raw --out rows.jsonl
     python benchmarks/depth.py search smollm2-135m --text c4.jsonl --out rows.jsonl     # from the trunk, asking less, naive loop
-    python benchmarks/depth.py shapes --out rows.jsonl                                   # random weights of Llama-2-7B and -3-8B
+    python benchmarks/depth.py shapes --out rows.jsonl                                   # random weights of Llama-2-7B and -3-8B; width too
 
 Sliding merging reads its paper's ten windows of 128 tokens (--sliding), all others --nsamples windows of --seqlen.
 """
@@ -117,7 +117,7 @@ def naive(model, windows: torch.Tensor, count: int, batch_size: int) -> tuple[li
 
 
 def shapes(args: argparse.Namespace, out: "Rows") -> None:
-    """Seconds per removed block on Llama-2-7B shapes, and tokens per second of Llama-3-8B shapes before and after; random weights."""
+    """Seconds per removed block on Llama-2-7B shapes, and tokens per second of Llama-3-8B shapes before and after cuts; random weights."""
     model = random_model.build(random_model.CONFIGS["llama-2-7b"])
     windows = torch.randint(0, 32000, (4, 2048), generator=torch.Generator().manual_seed(args.seed))
     for lazy in (False, True):
@@ -139,13 +139,22 @@ def shapes(args: argparse.Namespace, out: "Rows") -> None:
         "16 attentions, 11 MLPs": [Drop(i, "attn") for i in range(0, 32, 2)] + [Drop(i, "mlp") for i in range(1, 32, 3)],
     }  # fmt: skip
     budget, full = structure.Budget(model), cache_bytes(model)
+
+    def write(name: str, share: float) -> None:
+        seconds, how = decode(model)
+        out.write(
+            bench="depth-tokens", shapes="llama-3-8b", what=name, share=share, tokens_per_second=NEW_TOKENS / seconds,
+            decoded=how, prompt=PROMPT, kv_bytes_per_token=cache_bytes(model), dense_kv_bytes_per_token=full,
+        )  # fmt: skip
+
     for name, chosen in some.items():
         with edits.trial(model, chosen):
-            seconds, how = decode(model)
-            out.write(
-                bench="depth-tokens", shapes="llama-3-8b", what=name, share=budget.share(chosen), tokens_per_second=NEW_TOKENS / seconds,
-                decoded=how, prompt=PROMPT, kv_bytes_per_token=cache_bytes(model), dense_kv_bytes_per_token=full,
-            )  # fmt: skip
+            write(name, budget.share(chosen))
+    narrow = structure.get("magnitude_sp").plan(
+        model, [], 0.2
+    )  # of weights that are all alike any method cuts as much of every layer
+    edits.apply(model, narrow.edits)
+    write("20 % by width", narrow.shares[-1])
 
 
 @torch.no_grad()

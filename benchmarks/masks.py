@@ -1,7 +1,7 @@
 """Real masks for the kernel benchmarks: what Wanda leaves of the layers that feed a model's MLPs, as bits, one tensor for each sparsity.
 
     python benchmarks/masks.py smollm2-135m masks.safetensors [--nsamples 32 --seqlen 512]
-    cd benchmarks && pytest bench_matmul.py --masks ../masks.safetensors
+    cd benchmarks && pytest bench_matmul.py --masks=../masks.safetensors    # without the = pytest takes the file for tests
 
 A layer of another size is tiled from them, so its rows and columns differ in weight as those of the model do.
 """

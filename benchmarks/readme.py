@@ -65,16 +65,8 @@ def sizes() -> str:
 
 
 def recovery() -> str:
-    return recoveries("recovery-h100.jsonl")
-
-
-def recovery_cpu() -> str:
-    return recoveries("recovery-cpu.jsonl")
-
-
-def recoveries(file: str) -> str:
     """Perplexity of a weight-pruned model as each method trains it and as it is saved, with the share of zeros."""
-    found = rows.read(file)
+    found = rows.read("recovery-h100.jsonl")
     best = {}
     for row in found:  # of several learning rates, the one with the lowest validation loss
         if row["method"] not in best or lowest(row) < lowest(best[row["method"]]):
@@ -95,14 +87,15 @@ def recoveries(file: str) -> str:
     ]
     header = ("method", "lr", "trained", "before", "as trained", "as saved", "zeros before", "zeros after", "training")
     first = found[0]
-    dense = f"dense {first['dense_perplexity']:.2f}"
-    if "eval_windows" in first:
-        dense += f" on the first {first['eval_windows']} windows"
-    where = "a CPU" if first["gpu"] == "none" else first["gpu"]
     return (
-        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['criterion']} {first['allocation']} {first['pattern']}, {dense}; "
-        f"{first['steps']} steps of {first['batch_size']} windows of {first['seqlen']} tokens of C4; {where}, torch {first['torch']}, commit {first['commit']}."
+        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['criterion']} {first['allocation']} {first['pattern']}, "
+        f"dense {first['dense_perplexity']:.2f}; {first['steps']} steps of {first['batch_size']} windows of {first['seqlen']} tokens of C4; "
+        f"{first['gpu']}, torch {first['torch']}, commit {commits(found)}."
     )
+
+
+def commits(found: list[dict]) -> str:
+    return ", ".join(sorted({row["commit"] for row in found}))
 
 
 def lowest(row: dict) -> float:
@@ -111,10 +104,6 @@ def lowest(row: dict) -> float:
 
 def width() -> str:
     return widths("width-h100.jsonl")
-
-
-def width_cpu() -> str:
-    return widths("width-cpu.jsonl")
 
 
 def width_options() -> str:
@@ -154,22 +143,16 @@ def widths(file: str) -> str:
     dense = f"dense C4 loss {first['dense_held_out_loss']:.3f}"
     if "dense_perplexity" in first:
         dense += f", perplexity {first['dense_perplexity']:.2f}"
-    if first.get("eval_windows"):
-        dense += f" on the first {first['eval_windows']} windows"
     where = "a CPU" if first["gpu"] == "none" else first["gpu"]
     return (
         f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {first['nsamples']} windows of {first['seqlen']} tokens, {dense}; {where}, "
-        f"torch {first['torch']}, commit {first['commit']}."
+        f"torch {first['torch']}, commit {commits(found)}."
     )
 
 
 def depth() -> str:
-    """Perplexity of depth-pruned models by method and share of parameters removed, on each text that was measured."""
-    return "\n\n".join(depth_table(file) for file in ("depth-h100.jsonl", "depth-cpu.jsonl") if rows.read(file))
-
-
-def depth_table(file: str) -> str:
-    found = [row for row in rows.read(file) if row["bench"] == "depth-quality"]
+    """Perplexity of depth-pruned models by method and share of parameters removed."""
+    found = [row for row in rows.read("depth-h100.jsonl") if row["bench"] == "depth-quality"]
     by = {(row["method"], row["target"]): row["perplexity"] for row in found}
     methods, targets = dict.fromkeys(row["method"] for row in found), sorted({row["target"] for row in found})
     lines = [
@@ -177,11 +160,11 @@ def depth_table(file: str) -> str:
         for method in methods
     ]
     first = found[0]
-    text = f"{first['eval_windows'] or 'all'} windows of {first['eval_seqlen']} tokens of WikiText-2"
-    machine = "CPU" if first["gpu"] == "none" else first["gpu"]
     header = ("method", *(f"{target:.0%} removed" for target in targets))
-    commits = ", ".join(sorted({row["commit"] for row in found}))
-    return f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, {text}, dense {first['dense_perplexity']:.2f}; {machine}, torch {first['torch']}, commit {commits}."
+    return (
+        f"{table(lines, header)}\n\n{first['model']}, {first['dtype']}, all windows of {first['eval_seqlen']} tokens of WikiText-2, "
+        f"dense {first['dense_perplexity']:.2f}; {first['gpu']}, torch {first['torch']}, commit {commits(found)}."
+    )
 
 
 def search() -> str:
@@ -214,7 +197,7 @@ def search() -> str:
 
 
 def shorter() -> str:
-    """Tokens per second and bytes of cache of Llama-3-8B shapes before and after depth pruning."""
+    """Tokens per second and bytes of cache of Llama-3-8B shapes before and after cuts in depth and width."""
     found = [row for row in rows.read("depth-h100.jsonl") if row["bench"] == "depth-tokens"]
     lines = [
         (
@@ -239,9 +222,7 @@ README = rows.ROOT / "README.md"
 TABLES = {
     "quality": quality,
     "recovery": recovery,
-    "recovery_cpu": recovery_cpu,
     "width": width,
-    "width_cpu": width_cpu,
     "depth": depth,
     "search": search,
     "shorter": shorter,
