@@ -41,7 +41,8 @@ def number(value: float) -> str:
 def sizes() -> str:
     """Bytes of the pruned Linears on disk and in each runtime format."""
     found = rows.read("sizes.jsonl")
-    formats = [key.removeprefix("memory_") for key in found[0] if key.startswith("memory_")]
+    keys = [key for key in found[0] if key.startswith("memory_") and any(row.get(key) for row in found)]
+    formats = [key.removeprefix("memory_") for key in keys]
     lines = []
     for row in found:
         memory = [share(row.get(f"memory_{format}"), row["dense_linears"]) for format in formats]

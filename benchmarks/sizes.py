@@ -67,11 +67,17 @@ def measure(name: str, criterion: str, pattern: str, batches: list[torch.Tensor]
 
 
 def packed_bytes(weights: list[torch.Tensor], format: str) -> int | None:
-    """Bytes of all weights in a format, None where it does not take them."""
-    try:
-        return sum(formats.get(format).pack(weight).nbytes for weight in weights)
-    except ValueError:
-        return None
+    """Bytes of all weights in a format, None where it does not take them, or not on this machine."""
+    total = 0
+    for weight in weights:
+        try:
+            packed = formats.get(format).pack(weight)
+        except ValueError:
+            return None
+        if formats.name(type(packed)) != format:
+            return None
+        total += packed.nbytes
+    return total
 
 
 if __name__ == "__main__":

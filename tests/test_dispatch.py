@@ -20,6 +20,7 @@ TABLE = {
         ("walk", *SMALL, 0.5, "unstructured"): {1: 1.1, 8: 0.7},
     },
     "nm": {("pick", *BIG, 0.5, "2:4"): {1: 1.6, 8: 1.0}},
+    "fragment": {("mma", *BIG, 0.5, "2:4"): {1: 1.5, 8: 1.4, 64: 1.3}},
     "tile": {
         ("batch", *BIG, 0.5, "balanced"): {8: 1.2, 32: 1.1},
         ("special", *BIG, 0.5, "balanced"): {32: 1.0, 64: 0.9},
@@ -85,8 +86,10 @@ def test_past_what_was_measured_the_weight_is_expanded(measured):
         (BIG, BF16, 0.5, "balanced", 64, "dense"),
         (BIG, BF16, 0.5, "balanced", 4096, "dense"),
         (BIG, BF16, 0.5, "2:4", 1, "nm"),
-        (BIG, BF16, 0.5, "2:4", 8, "nm"),
-        (BIG, BF16, 0.5, "2:4", 16, "dense"),
+        (BIG, BF16, 0.5, "2:4", 8, "fragment"),
+        (BIG, BF16, 0.5, "2:4", 64, "fragment"),
+        (BIG, BF16, 0.5, "2:4", 65, "dense"),
+        (BIG, BF16, 0.5, "4:8", 8, "nm"),  # fragment takes 2:4 alone
         (BIG, BF16, 0.7, "unstructured", 1, "dense"),
         (BIG, BF16, 0.75, "3:4", 1, "dense"),
         (BIG, torch.float32, 0.5, "unstructured", 1, "dense"),
@@ -105,9 +108,10 @@ def test_the_reason_names_what_was_measured(measured):
         dispatch.choose(torch.zeros(8, 8), batch=0)
 
 
-def test_without_gluon_tile_is_not_chosen(measured, monkeypatch):
+def test_without_gluon_its_formats_are_not_chosen(measured, monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_GLUON", False)
     assert dispatch.choose_for(BIG, BF16, 0.5, "balanced", 8)[0] == "dense"
+    assert dispatch.choose_for(BIG, BF16, 0.5, "2:4", 8)[0] == "nm"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,7 @@ class OnAGpu(torch.Tensor):
 @pytest.mark.parametrize(
     ("format", "M", "kernel"),
     [("sell", 8, "walk"), ("sell", 25, "expand"), ("nm", 1, "pick"), ("nm", 9, "expand"), ("tile", 1, "batch"),
-     ("tile", 64, "expand")],
+     ("tile", 64, "expand"), ("fragment", 64, "mma"), ("fragment", 65, "expand")],
 )  # fmt: skip
 def test_explain_on_the_gpu(format, M, kernel, wgmma, measured, monkeypatch):
     monkeypatch.setattr(dispatch, "use_wgmma", lambda device: wgmma)
@@ -153,8 +157,9 @@ def test_explain_on_the_gpu(format, M, kernel, wgmma, measured, monkeypatch):
     packed = formats.get(format).pack(torch.eye(16, dtype=BF16))
     packed = dataclasses.replace(packed, values=packed.values.as_subclass(OnAGpu))
     found, reason = dispatch.explain(packed, M)
-    assert found == (kernel if wgmma or format != "tile" else "expand")
-    assert ("Hopper" in reason) == (format == "tile" and not wgmma)
+    missing = format in ("tile", "fragment") and not wgmma
+    assert found == ("expand" if missing else kernel)
+    assert ("Hopper" in reason) == missing
 
 
 def test_rows_up_to_which_packed_wins(measured, monkeypatch):
