@@ -138,7 +138,8 @@ class FusedLinear(SparseLinear):
         leader._take(packed)
         for member, stop in zip(members, accumulate(member.out_features for member in members), strict=True):
             member.rows = slice(stop - member.out_features, stop)
-            member.leaders = (leader,)  # in a tuple, so that it is not a submodule
+            # in a tuple, so that it is not a submodule; none to itself, because a cycle keeps the weight until the garbage collector comes
+            member.leaders = () if member is leader else (leader,)
             member.kind, member.weight = leader.kind, leader.weight
         biases = [packed.values.new_zeros(m.out_features) if m.bias is None else m.bias.detach() for m in members]
         has_bias = any(member.bias is not None for member in members)
@@ -147,17 +148,21 @@ class FusedLinear(SparseLinear):
         return members
 
     @property
+    def leader(self) -> "FusedLinear":
+        return self.leaders[0] if self.leaders else self
+
+    @property
     def whole(self) -> Packed:
-        return self.leaders[0].packed
+        return self.leader.packed
 
     def dense(self) -> torch.Tensor:
         return self.whole.dense()[self.rows].contiguous()
 
     def keep_dense(self) -> int:
-        return SparseLinear.keep_dense(self.leaders[0])  # all rows, for all members
+        return SparseLinear.keep_dense(self.leader)  # all rows, for all members
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.leaders[0].multiply(x)[..., self.rows]
+        return self.leader.multiply(x)[..., self.rows]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., all rows], kept until every member has had its part."""

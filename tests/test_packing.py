@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import random_sparse, tiny_model
@@ -5,7 +8,7 @@ from conftest import random_sparse, tiny_model
 from dlpkit import archs
 from dlpkit.kernels import dispatch, formats, storage
 from dlpkit.kernels.formats import sell
-from dlpkit.packing import keep_dense, pack_linears, pack_stored, put, sparse_linears, unpack_linears
+from dlpkit.packing import keep_dense, pack_linears, pack_stored, put, rewrite, sparse_linears, unpack_linears
 from dlpkit.sparse import FusedLinear, SparseLinear
 
 
@@ -48,8 +51,8 @@ def test_linears_of_one_input_are_fused_where_a_sparse_kernel_runs():
     model = sparse_model()
     pack_linears(model, "sell")
     block = model.model.layers[0]
-    assert block.self_attn.k_proj.leaders[0] is block.self_attn.q_proj
-    assert block.mlp.up_proj.leaders[0] is block.mlp.gate_proj
+    assert block.self_attn.k_proj.leader is block.self_attn.q_proj
+    assert block.mlp.up_proj.leader is block.mlp.gate_proj
     assert not isinstance(block.mlp.down_proj, FusedLinear)
     dense = sparse_model()
     pack_linears(dense, "dense")
@@ -84,6 +87,18 @@ def test_packing_twice_changes_nothing():
     model = sparse_model()
     first = pack_linears(model, "sell")
     assert all(a is b for a, b in zip(first.values(), pack_linears(model, "dense").values(), strict=True))
+
+
+def test_packing_anew_lets_go_of_the_weights_before():
+    """At once, not when the garbage collector comes: until then the model would be in memory twice."""
+    model = sparse_model()
+    before = [weakref.ref(sparse) for sparse in pack_linears(model, "sell").values()]
+    gc.disable()
+    try:
+        rewrite(model, lambda name, weight: weight, "sell")
+        assert not any(sparse() for sparse in before)
+    finally:
+        gc.enable()
 
 
 def test_zeros_lose_their_sign_so_that_a_multiplied_mask_is_sparse():

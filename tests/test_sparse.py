@@ -115,7 +115,7 @@ def test_fused_members_store_and_move_each_their_own(fused):
         torch.testing.assert_close(member(x.double()).float(), linear(x), rtol=1e-5, atol=1e-5)
         assert member.weight.dtype == torch.float64
     assert copied[0] is not members[0]
-    assert copied[1].leaders[0] is copied[0]
+    assert copied[1].leader is copied[0]
     assert len({id(parameter) for parameter in copied.parameters()}) == 3  # one weight, two biases
 
 
