@@ -9,6 +9,8 @@ whole tiles on large layers, a share of one on small ones. A tile that several p
 arrive, see product.py.
 """
 
+import functools
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -30,6 +32,7 @@ RESIDENT = {4: 2, 8: 1}  # warps -> programs of a multiprocessor
 STEP = gl.constexpr(4608)  # bytes of 64 rows and 64 columns
 CODES = gl.constexpr(4096)  # of them before the positions
 
+# $1 and $2: to and from of values, $3 and $4 of positions; without $5 nothing is read and zeros are written
 COPY = gl.constexpr("""{ .reg .b32 few; shl.b32 few, $5, 2; cp.async.ca.shared.global [$3], [$4], 4, few;
     shl.b32 few, $5, 4; cp.async.cg.shared.global [$1], [$2], 16, few; cp.async.cg.shared.global [$1 + 2048], [$2 + 2048], 16, few;
     mov.b32 $0, 0; }""")
@@ -38,6 +41,7 @@ READ = gl.constexpr(
 )
 
 
+@functools.cache
 def product(M: int, dtype: torch.dtype) -> dict[str, str]:
     """The PTX that multiplies a step by M rows of x, and its constraints.
 
