@@ -150,9 +150,8 @@ def shapes(args: argparse.Namespace, out: "Rows") -> None:
     for name, chosen in some.items():
         with edits.trial(model, chosen):
             write(name, budget.share(chosen))
-    narrow = structure.get("magnitude_sp").plan(
-        model, [], 0.2
-    )  # of weights that are all alike any method cuts as much of every layer
+    # of weights that are all alike any method cuts as much of every layer
+    narrow = structure.get("magnitude_sp").plan(model, [], 0.2)
     edits.apply(model, narrow.edits)
     write("20 % by width", narrow.shares[-1])
 

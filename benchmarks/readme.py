@@ -112,12 +112,8 @@ def width_options() -> str:
 
 
 def widths(file: str) -> str:
-    """What width pruning leaves, by method and share of parameters removed: held-out loss, perplexity, and that after recovery, where measured.
-
-    Of rows from several amounts of calibration text, those with the last row's.
-    """
+    """What width pruning leaves, by method and share of parameters removed: held-out loss, perplexity, and that after recovery, where measured."""
     found = [row for row in rows.read(file) if row["bench"] == "width"]
-    found = [row for row in found if row["text_tokens"] == found[-1]["text_tokens"]]
     shown = {"held_out_loss": "C4 loss", "perplexity": "perplexity", "perplexity_recovered": "recovered"}
     columns = [
         (target, key)

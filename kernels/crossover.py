@@ -70,7 +70,9 @@ def _nearest(format: str, N: int, K: int, kept: float, mask: str) -> tuple[Layer
 
 
 def _takes(format: str, mask: str) -> bool:
-    return format not in ("nm", "fragment") or (":" in mask if format == "nm" else mask == "2:4")
+    if format == "nm":
+        return ":" in mask
+    return format != "fragment" or mask == "2:4"
 
 
 def _kind(mask: str) -> str:

@@ -42,7 +42,7 @@ READ = gl.constexpr(
 
 
 @functools.cache
-def product(M: int, dtype: torch.dtype) -> dict[str, str]:
+def instructions(M: int, dtype: torch.dtype) -> dict[str, str]:
     """The PTX that multiplies a step by M rows of x, and its constraints.
 
     Operands: the sums, the same as inputs, eight registers of values, one of positions, the address of x, whether to add to the sums. The
@@ -214,7 +214,7 @@ def multiply(
             part, values.view(torch.int32), codes, y if bias is None else bias, y[i:], parts, arrived,
             N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, triton.cdiv(N, 64), T, tiles * T, U,
             M=M, STAGES=STAGES[warps][M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split,
-            **product(M, x.dtype), **early, num_warps=warps,
+            **instructions(M, x.dtype), **early, num_warps=warps,
         )  # fmt: skip
     return y
 

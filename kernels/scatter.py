@@ -238,19 +238,15 @@ def walk(stream, ring, steps, me):
     """Store all steps of a block, and read the four that follow."""
     c = me[0]
     for _ in range(0, steps // 8):
-        # once four are there the next four are asked for: a multiprocessor cannot wait for the older of two loads alone
-        c = _step(c, ring[0], me)
-        more = _read_four(stream)
-        c = _step(c, ring[1], me)
-        c = _step(c, ring[2], me)
-        c = _step(c, ring[3], me)
-        stream = _past(stream, 4)
-        c = _step(c, more[0], me)
-        ring = _read_four(stream)
-        c = _step(c, more[1], me)
-        c = _step(c, more[2], me)
-        c = _step(c, more[3], me)
-        stream = _past(stream, 4)
+        for _ in gl.static_range(2):  # between two sets of registers
+            # once four are there the next four are asked for: a multiprocessor cannot wait for the older of two loads alone
+            c = _step(c, ring[0], me)
+            more = _read_four(stream)
+            c = _step(c, ring[1], me)
+            c = _step(c, ring[2], me)
+            c = _step(c, ring[3], me)
+            ring = more
+            stream = _past(stream, 4)
     if steps % 8 >= 4:
         c = _step(c, ring[0], me)
         r0 = _read(stream, 0)

@@ -82,10 +82,12 @@ def count(weight: torch.Tensor) -> int:
     return int(torch.stack([torch.count_nonzero(part) for part in parts]).sum()) if weight.numel() else 0
 
 
-def fullest(weight: torch.Tensor, m: int) -> int:
-    """The most weights of [N, K], contiguous, held in a group of m neighbours of a row."""
-    keep = torch.nn.functional.pad(held(weight), (0, -weight.shape[1] % m))
-    return int(keep.view(-1, m).sum(1, dtype=torch.uint8).max()) if weight.numel() else 0
+def check_two_of_four(weight: torch.Tensor, format: str) -> None:
+    """Raise ValueError if [N, K], contiguous, holds more than two weights in a group of four neighbours of a row."""
+    keep = torch.nn.functional.pad(held(weight), (0, -weight.shape[1] % 4))
+    most = int(keep.view(-1, 4).sum(1, dtype=torch.uint8).max()) if weight.numel() else 0
+    if most > 2:
+        raise ValueError(f"{format}.pack wants a weight that is 2:4 sparse, this one keeps {most} of 4 somewhere")
 
 
 def unpack_mask(mask: torch.Tensor, K: int) -> torch.Tensor:

@@ -13,15 +13,6 @@ LIBRARY = pytest.mark.skipif(not runtime.use_cusparselt(torch.device(DEVICE)), r
 SHAPES = [(64, 128), (576, 1536), (4096, 1024), (6144, 256)]
 
 
-def test_unstructured_weights_are_refused():
-    weight = torch.zeros(8, 30)
-    weight[3, 8:11] = 1
-    with pytest.raises(ValueError, match="keeps 3 of 4"):
-        cusparselt.pack(weight)
-    weight[3, 8] = 0
-    assert torch.equal(cusparselt.pack(weight).dense(), weight)
-
-
 def test_without_the_library_the_weight_is_nm():
     assert isinstance(cusparselt.pack(torch.eye(16)), nm.NM)
 

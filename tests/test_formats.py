@@ -61,6 +61,16 @@ def test_roundtrip_of_anything(format, N, K, density, seed):
     assert torch.equal(bits(formats.get(format).pack(weight).dense()), bits(weight))
 
 
+@pytest.mark.parametrize("format", ["fragment", "cusparselt"])
+def test_only_two_of_four_are_taken(format):
+    weight = torch.zeros(8, 30)
+    weight[3, 8:11] = 1
+    with pytest.raises(ValueError, match="keeps 3 of 4"):
+        formats.get(format).pack(weight)
+    weight[3, 8] = 0
+    assert torch.equal(formats.get(format).pack(weight).dense(), weight)
+
+
 @pytest.mark.parametrize("format", formats.names())
 def test_roundtrip_of_zeros(format):
     assert not formats.get(format).pack(torch.zeros(4, 48)).dense().any()

@@ -65,15 +65,6 @@ def test_nine_bits_to_a_weight():
     assert packed.nbytes == 512 * 1024 * 9 // 8 + 4 * 8
 
 
-def test_denser_weights_are_refused():
-    weight = torch.zeros(8, 30)
-    weight[3, 8:11] = 1
-    with pytest.raises(ValueError, match="keeps 3 of 4"):
-        fragment.pack(weight)
-    weight[3, 8] = 0
-    assert torch.equal(fragment.pack(weight).dense(), weight)
-
-
 @INTERPRETED
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("N", "K"), SHAPES)

@@ -63,8 +63,7 @@ def test_special_compiles(dtype, M):
     ("dtype", "M", "warps"), [(torch.bfloat16, 16, 4), (torch.float16, 32, 4), (torch.bfloat16, 128, 8)]
 )
 def test_mma_compiles(dtype, M, warps):
-    product = mma.product(M, dtype)
-    options = {"STAGES": mma.STAGES[warps][M], "EARLY": True, **product}
+    options = {"STAGES": mma.STAGES[warps][M], "EARLY": True, **mma.instructions(M, dtype)}
     asm = compiled(mma._mma_kernel, mma.DTYPES[dtype], warps=warps, M=M, BIAS=True, SPLIT=True, **options)
     kind = "bf16" if dtype == torch.bfloat16 else "f16"
     assert f"wgmma.mma_async.sp.sync.aligned.m64n{M}k32.f32.{kind}" in asm["ptx"]

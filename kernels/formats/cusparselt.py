@@ -17,7 +17,7 @@ import torch
 
 from dlpkit.kernels.formats import Packed, nm
 from dlpkit.kernels.runtime import HAS_TRITON, use_cusparselt
-from dlpkit.kernels.storage import fullest
+from dlpkit.kernels.storage import check_two_of_four
 
 if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
@@ -68,9 +68,7 @@ def pack(weight: torch.Tensor) -> Packed:
     if weight.ndim != 2:
         raise ValueError(f"cusparselt.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
     weight = weight.detach().contiguous()
-    most = fullest(weight, 4)
-    if most > 2:
-        raise ValueError(f"cusparselt.pack wants a weight that is 2:4 sparse, this one keeps {most} of 4 somewhere")
+    check_two_of_four(weight, "cusparselt")
     if not runs(*weight.shape, weight.dtype, weight.device):
         return nm.pack(weight)
     if not bool(weight.isfinite().all()) or bool((weight.view(torch.int16) == -(2**15)).any()):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
-from dlpkit.kernels.storage import BITS, fullest
+from dlpkit.kernels.storage import BITS, check_two_of_four
 
 if HAS_TRITON:
     from dlpkit.kernels import fragments, ops  # noqa: F401 (ops registers torch.ops.dlpkit)
@@ -65,9 +65,7 @@ def pack(weight: torch.Tensor) -> Fragment:
     if weight.ndim != 2:
         raise ValueError(f"fragment.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
     weight = weight.detach().contiguous()
-    most = fullest(weight, 4)
-    if most > 2:
-        raise ValueError(f"fragment.pack wants a weight that is 2:4 sparse, this one keeps {most} of 4 somewhere")
+    check_two_of_four(weight, "fragment")
     if not use_triton(weight) or not weight.numel():
         return pack_ref(weight)
     values, codes = fragments.pack(weight.view(BITS[weight.element_size()]))
