@@ -11,17 +11,16 @@ import argparse
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from bench_matmul import TOLERANCE, relative_error
+from bench_matmul import TOLERANCE, pinned, relative_error
 from quality import environment
 from rows import load
 from shapes import density, mask, sparse
 from timing import clock, copies, copy_roof, ring_length
 
-from dlpkit.kernels import crossover, formats
+from dlpkit.kernels import formats
 
 TABLE = Path(__file__).parents[1] / "kernels" / "measured.py"
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (6144, 4096), (1024, 4096)]
@@ -37,7 +36,7 @@ KERNELS = {  # format -> kernel -> rows of x
     "sell": {"walk": FEW, "expand": MANY},
     "nm": {"pick": FEW, "expand": MANY},
     "fragment": {"mma": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], "expand": MANY[4:]},
-    "tile": {"batch": [8, 16, 32, 64, 128], "special": [32, 64, 128, 256], "expand": MANY[2:]},
+    "tile": {"batch": [8, 16, 32, 64, 128, 256], "expand": MANY[2:]},
 }
 TIMED_MS = 6
 
@@ -97,17 +96,6 @@ def warm(shape: tuple[int, int], format: str, pattern: str) -> None:
             with pinned(kernel):
                 packed.matmul(torch.zeros(M, shape[1], device="cuda", dtype=torch.bfloat16))
     torch.cuda.synchronize()
-
-
-@contextmanager
-def pinned(kernel: str) -> Iterator[None]:
-    """Have every packed weight multiplied by this kernel, whatever is fastest."""
-    fastest = crossover.fastest
-    crossover.fastest = lambda *of: crossover.Choice(kernel, 0.0, None)
-    try:
-        yield
-    finally:
-        crossover.fastest = fastest
 
 
 @functools.cache

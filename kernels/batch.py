@@ -1,12 +1,9 @@
-"""y = x W^T + bias for a tile weight and up to 128 rows of x: nonzeros scatter into shared memory, tensor cores multiply.
+"""y = x W^T + bias for a tile weight and up to 128 rows of x: some warps scatter nonzeros into shared memory while others multiply.
 
-A unit is a tile of rows by 256 columns. A program takes U units one after the other, all blocks of a tile before the next tile. It clears
-the tile, scatters the block's values into it and multiplies it by the rows of x, wgmma with both operands in shared memory. A tile
-whose blocks several programs share is summed by the last of them to arrive, from float32 parts in the order of the programs: the same
-sum every time.
-
-Here several programs share a multiprocessor, with tiles of 64 rows, so that some multiply while others scatter: for few rows of x. For more
-see special.py.
+A unit is a tile of 128 rows by 256 columns. A program has a multiprocessor to itself and takes U units one after the other, all blocks of
+a tile before the next tile. Two groups of 8 warps each own a tile in shared memory, clear it and scatter half of the blocks into it;
+4 warps copy x in chunks of 64 columns, multiply, wgmma with both operands in shared memory, and store y. `full` says that a tile holds
+its block, `empty` that it has been multiplied. A tile whose blocks several programs share is summed by the last of them to arrive.
 """
 
 import torch
@@ -16,113 +13,222 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from dlpkit.kernels import special
-from dlpkit.kernels.product import fetch, finish, join
+from dlpkit.kernels.early import early_start
+from dlpkit.kernels.product import DTYPES, aligned, fetch, finish, grid, join
 from dlpkit.kernels.runtime import multiprocessors
-from dlpkit.kernels.scatter import COLUMNS, barrier, begin, clear, opaque, proceed, put_extras, walk, walker
+from dlpkit.kernels.scatter import (
+    COLUMNS,
+    barrier,
+    clear,
+    load_table,
+    of_lane,
+    put_extras,
+    put_rest,
+    read_extras,
+    start,
+    walk,
+    walker,
+)
 
-LAUNCH = {"batch": (16, 64), "special": (64, 128)}  # kernel -> fewest and most rows of x in a launch
-RESIDENT = {16: 4, 32: 4, 64: 3}  # M of the kernel -> programs of a multiprocessor: H100, 14336 x 4096
-REGISTERS = {16: 128, 32: 128, 64: 168}  # of a thread
-ROWS = gl.constexpr(64)  # of a tile
-ROUNDS = gl.constexpr(4)  # of extras that are read ahead, one to a thread
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+FEWEST, MOST = 16, 128  # rows of x in a launch; what follows goes by them
+ROWS = gl.constexpr(128)  # of a tile
+STAGES = {16: 8, 32: 8, 64: 8, 128: 3}  # chunks of 64 columns of x in shared memory
+CHUNKS = {16: 4, 32: 4, 64: 4, 128: 1}  # that are copied, and multiplied, at a time
+REGISTERS = {16: 80, 32: 80, 64: 80, 128: 72}  # of a thread that scatters; those that multiply have the rest
+JOIN = {16: 1, 32: 1, 64: 2, 128: 6}  # units that adding the parts of a tile takes as long as: H100, 14336 x 4096
+
+
+@gluon.jit
+def _turn(unit, first_unit, last, B):
+    """A unit's tile and block, the group that scatters it, and whether it is the first and the last of its tile that the program has.
+
+    The first half of a tile's blocks is group 0's and the rest group 1's, so that a group reads on and on; they take turns.
+    """
+    tile = unit // B
+    begin = gl.maximum(first_unit, tile * B)
+    count = gl.minimum(last, tile * B + B) - begin
+    i = unit - begin
+    group = i % 2
+    return tile, begin - tile * B + i // 2 + group * ((count + 1) // 2), group, i == 0, i == count - 1
+
+
+@gluon.jit
+def _tables(starts_ptr, extra_starts_ptr, upper, lower, last):
+    """Of up to 32 blocks: steps before each, as many in the upper 64 rows as in the lower; extras before it in the upper ones, in the lower."""
+    upper_extras, lower_extras = load_table(extra_starts_ptr + upper, last), load_table(extra_starts_ptr + lower, last)
+    return load_table(starts_ptr + upper, last), upper_extras, lower_extras
+
+
+@gluon.jit
+def _edges(tables, i):
+    """Those of one block."""
+    return of_lane(tables[0], i), of_lane(tables[1], i), of_lane(tables[2], i)
+
+
+@gluon.jit
+def _extras(before, after, above):
+    """Of a thread's half of a block: where its extras begin, how many there are."""
+    return gl.where(above, before[1], before[2]), gl.where(above, after[1] - before[1], after[2] - before[2])
+
+
+@gluon.jit
+def _scatter(
+    full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B,
+    GROUP: gl.constexpr,
+):  # fmt: skip
+    lane, half, me = walker(gl.arange(0, 256, gl.BlockedLayout([1], [32], [8], [0])), GROUP)
+    above = half == 0
+    full, empty = full.index(GROUP), empty.index(GROUP)
+    phase = 1
+    for tile in range(first_unit // B, (last + B - 1) // B):
+        begin = gl.maximum(first_unit - tile * B, 0)
+        count = gl.minimum(last - tile * B, B) - begin
+        half_count = (count + 1) // 2
+        begin += half_count * GROUP
+        count = count - half_count if GROUP else half_count
+        upper = tile * 2 * B + begin
+        lower = gl.minimum(tile * 2 + 1, atoms - 1) * B + begin  # without lower rows the upper ones again: never stored
+        run = starts_ptr + gl.where(above, upper, lower)
+        stream, ring = start(values_ptr, gaps_ptr, gl.load(run), lane)
+        tables = _tables(starts_ptr, extra_starts_ptr, upper, lower, count)
+        before, after = _edges(tables, 0), _edges(tables, gl.minimum(1, count))
+        extra, more = _extras(before, after, above)
+        extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
+        for i in range(0, count):
+            mbarrier.wait(empty, phase)
+            clear(me, 8)
+            barrier()
+            put_extras(extras, me)
+            stream, ring = walk(stream, ring, after[0] - before[0], me)
+            extra, more = _extras(before, after, above)
+            most = gl.maximum(after[1] - before[1], after[2] - before[2])
+            put_rest(extras_ptr, places_ptr, extra, more, most, lane, me)
+            behind = gl.minimum(i + 2, count)
+            if (behind % 32 == 0) & (i + 2 == behind):
+                tables = _tables(starts_ptr, extra_starts_ptr, upper + behind, lower + behind, count - behind)
+            before, after = after, _edges(tables, behind % 32)
+            extra, more = _extras(before, after, above)
+            extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(full)
+            phase ^= 1
+
+
+@gluon.jit
+def _multiply(
+    w, xs, room, full, empty, x_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, octets, x_rows, stride_x, first_unit, last, B, U,
+    M: gl.constexpr, CHUNKS: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    STAGES: gl.constexpr = xs.shape[0]
+    AHEAD: gl.constexpr = STAGES - CHUNKS  # chunks that are asked for before they are needed
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    m = gl.arange(0, M, gl.SliceLayout(1, COPY))
+    k = gl.arange(0, 64, gl.SliceLayout(0, COPY))
+    tile, b, group, begins, ends = _turn(first_unit, first_unit, last, B)
+    grid("wait", EARLY)
+    for i in gl.static_range(AHEAD):
+        fetch(xs.index(i), x_ptr, m, k, b * COLUMNS + 64 * i, x_rows, octets, stride_x)
+    acc = gl.zeros([ROWS, M], gl.float32, MMA)
+    chunk = 0
+    turns = 0, 0  # that each group has had
+    for unit in range(first_unit, last):
+        after = _turn(unit + 1, first_unit, last, B)
+        mbarrier.wait(full.index(group), gl.where(group == 0, turns[0], turns[1]) % 2)
+        for i in gl.static_range(0, 4, CHUNKS):
+            async_copy.wait_group(AHEAD - CHUNKS)
+            fence_async_shared()
+            barrier()
+            for c in gl.static_range(i, i + CHUNKS):
+                acc = warpgroup_mma(
+                    w.index(group).slice(64 * c, 64, 0).permute((1, 0)), xs.index((chunk + c) % STAGES).permute((1, 0)), acc,
+                    use_acc=(begins == 0) if c == 0 else True, is_async=True,
+                )  # fmt: skip
+            acc = warpgroup_mma_wait(CHUNKS, deps=[acc])
+            barrier()  # all warps are done with the chunks before
+            for c in gl.static_range(i + AHEAD, i + AHEAD + CHUNKS):
+                to = xs.index((chunk + c) % STAGES)
+                if c < 4:
+                    fetch(to, x_ptr, m, k, b * COLUMNS + 64 * c, x_rows, octets, stride_x)
+                else:
+                    live = gl.where(unit + 1 < last, x_rows, 0)
+                    fetch(to, x_ptr, m, k, after[1] * COLUMNS + 64 * (c - 4), live, octets, stride_x)
+        chunk += 4
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        barrier()
+        mbarrier.arrive(empty.index(group))
+        if unit == last - 1:
+            grid("launch_dependents", EARLY)
+        if ends:
+            if SPLIT:
+                join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS)
+            else:
+                finish(acc, room, tile, bias_ptr, y_ptr, N, x_rows, BIAS)
+        turns = turns[0] + 1 - group, turns[1] + group
+        tile, b, group, begins, ends = after
 
 
 @gluon.jit
 def _batch_kernel(
     x_ptr, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
     N, octets, x_rows, stride_x, atoms, B, units, U,
-    M: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
+    REGISTERS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    w = gl.allocate_shared_memory(DTYPE, [1, COLUMNS, ROWS], SHARED)
-    xs = gl.allocate_shared_memory(DTYPE, [4, M, 64], SHARED)
-    m = gl.arange(0, M, gl.SliceLayout(1, COPY))
-    k = gl.arange(0, 64, gl.SliceLayout(0, COPY))
-    lane, half, me = walker(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])), 0)
-
+    w = gl.allocate_shared_memory(DTYPE, [2, COLUMNS, ROWS], SHARED)
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES, M, 64], SHARED)
+    room = gl.allocate_shared_memory(DTYPE, [M, ROWS], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
     first_unit = gl.program_id(0) * U
     last = gl.minimum(first_unit + U, units)
-    tile, b, steps, stream, ring, extras = begin(
-        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, atoms, B, half, lane, ROUNDS
+    gl.warp_specialize(
+        [
+            (_multiply, (w, xs, room, full, empty, x_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, octets, x_rows, stride_x, first_unit, last, B, U, M, CHUNKS, BIAS, SPLIT, EARLY)),
+            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 0)),
+            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 1)),
+        ],
+        [8, 8], [REGISTERS, REGISTERS],
     )  # fmt: skip
-    acc = gl.zeros([ROWS, M], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16]))
-    for unit in range(first_unit, last):
-        for i in gl.static_range(4):
-            fetch(xs.index(i), x_ptr, m, k, b * COLUMNS + 64 * i, x_rows, octets, stride_x)
-        clear(me, 4)
-        barrier()
-        put_extras(extras_ptr, places_ptr, extras, lane, me, ROUNDS)
-        stream, ring = walk(stream, ring, steps, me)
 
-        fresh = (unit == first_unit) | (b == 0)
-        ends = (unit == last - 1) | (b == B - 1)
-        done = tile
-        tile, b, steps, extras = proceed(
-            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, atoms, B, half, lane, ROUNDS
-        )  # fmt: skip
 
-        async_copy.wait_group(0)
-        fence_async_shared()
-        barrier()
-        buffer = opaque(0)
-        for i in gl.static_range(4):
-            acc = warpgroup_mma(
-                w.index(buffer).slice(64 * i, 64, 0).permute((1, 0)), xs.index(buffer + i).permute((1, 0)), acc,
-                use_acc=(fresh == 0) if i == 0 else True, is_async=True,
-            )  # fmt: skip
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()
-        if ends:
-            if SPLIT:
-                join(acc, xs, done, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS)
-            else:
-                finish(acc, xs, done, bias_ptr, y_ptr, N, x_rows, BIAS)
+def units(tiles: int, B: int, M: int, sms: int) -> int:
+    """U: whole tiles to a program, unless sharing them evenly takes less even with their parts to add."""
+    whole, shared = B * triton.cdiv(tiles, sms), triton.cdiv(tiles * B, sms)
+    return whole if whole <= shared + JOIN[M] else shared
 
 
 def multiply(
-    kernel: str, x: torch.Tensor, values: torch.Tensor, gaps: torch.Tensor, extras: torch.Tensor, places: torch.Tensor,
-    starts: torch.Tensor, extra_starts: torch.Tensor, arrived: torch.Tensor, bias: torch.Tensor | None, N: int, K: int,
+    x: torch.Tensor, values: torch.Tensor, gaps: torch.Tensor, extras: torch.Tensor, places: torch.Tensor, starts: torch.Tensor,
+    extra_starts: torch.Tensor, arrived: torch.Tensor, bias: torch.Tensor | None, N: int, K: int,
 ) -> torch.Tensor:  # fmt: skip
-    """x [M, K] and the fields of a Tile, values of x's 16-bit dtype -> [M, N], by one of LAUNCH."""
-    fewest, most = LAUNCH[kernel]
-    few = kernel == "batch"
+    """x [M, K] and the fields of a Tile, values of x's 16-bit dtype -> [M, N]."""
     y = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
     x = aligned(x)
     weight = values.view(torch.int32), gaps, extras.view(torch.int16), places, starts, extra_starts
-    for i in range(0, x.shape[0], most):
-        part = x[i : i + most]
-        M = max(fewest, triton.next_power_of_2(part.shape[0]))
-        rows = ROWS.value if few else special.ROWS.value
-        atoms, B, tiles = triton.cdiv(N, 64), triton.cdiv(K, COLUMNS.value), triton.cdiv(N, rows)
-        sms = multiprocessors(x.device)
-        U = triton.cdiv(tiles * B, RESIDENT[M] * sms) if few else special.units(tiles, B, sms)
+    B, tiles = triton.cdiv(K, COLUMNS.value), triton.cdiv(N, ROWS.value)
+    early = early_start(x.device)
+    for i in range(0, x.shape[0], MOST):
+        part = x[i : i + MOST]
+        M = max(FEWEST, triton.next_power_of_2(part.shape[0]))
+        U = units(tiles, B, M, multiprocessors(x.device))
         programs = triton.cdiv(tiles * B, U)
         split = U % B != 0
-        parts = torch.empty((programs + tiles) * rows * M if split else 1, dtype=torch.float32, device=x.device)
-        options = {"M": M, "DTYPE": DTYPES[x.dtype], "BIAS": bias is not None, "SPLIT": split, "num_warps": 4}
-        if few:
-            launched, options["maxnreg"] = _batch_kernel, REGISTERS[M]
-        else:
-            launched = special.special_kernel
-            options |= {"STAGES": special.STAGES[M], "REGISTERS": special.REGISTERS}
-        launched[(programs,)](
+        parts = torch.empty((programs + tiles) * ROWS.value * M if split else 1, dtype=torch.float32, device=x.device)
+        _batch_kernel[(programs,)](
             part, *weight, y if bias is None else bias, y[i:], parts, arrived,
-            N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, atoms, B, tiles * B, U, **options,
+            N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, triton.cdiv(N, 64), B, tiles * B, U,
+            M=M, STAGES=STAGES[M], CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split,
+            REGISTERS=REGISTERS[M], **early, num_warps=4,
         )  # fmt: skip
     return y
-
-
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x with rows that are whole 16-byte words; columns past K hold zeros."""
-    if x.shape[1] % 8:
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)

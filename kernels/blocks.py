@@ -145,10 +145,10 @@ def _dense_kernel(
     last = tl.load(extra_starts_ptr + block + 1)
     for start in range(tl.load(extra_starts_ptr + block) + part * 128, last, 8 * 128):
         extra = start + tl.arange(0, 128)
-        place = tl.load(places_ptr + extra, mask=extra < last, other=0).to(tl.int32)
+        place = tl.load(places_ptr + extra, mask=extra < last, other=-1).to(tl.int32)
         value = tl.load(extras_ptr + extra, mask=extra < last, other=0)
         row_of = (block // B * 64 + (place // 8 % 8 ^ (place // 64 % 8)) * 8 + place % 8).to(tl.int64)
-        tl.store(out_ptr + row_of * K + block % B * 256 + place // 64, value, mask=extra < last)
+        tl.store(out_ptr + row_of * K + block % B * 256 + place // 64, value, mask=place >= 0)
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -159,12 +159,13 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     counts = torch.empty(2, blocks, dtype=torch.int32, device=weight.device)
     with torch.cuda.device_of(weight):
         _steps_kernel[(-(-N // 128) * B,)](weight, counts[0], counts[1], N, K, B, blocks, RUNS=RUNS, num_warps=4)
+        counts[1] += -counts[1] % 4
         starts, extra_starts = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).to(torch.int32)
         steps, more = counts.sum(1).tolist()
         values = torch.zeros((steps + AHEAD) * 1024, dtype=weight.dtype, device=weight.device)
         gaps = torch.zeros((steps + AHEAD) * 128, dtype=torch.int32, device=weight.device)
-        extras = torch.empty(more, dtype=weight.dtype, device=weight.device)
-        places = torch.empty(more, dtype=torch.int16, device=weight.device)
+        extras = torch.zeros(more, dtype=weight.dtype, device=weight.device)
+        places = torch.full((more,), -1, dtype=torch.int16, device=weight.device)
         _fill_kernel[(blocks,)](
             weight, starts, extra_starts, values, gaps, extras, places, N, K, B, RUNS=RUNS, num_warps=4
         )

@@ -71,7 +71,7 @@ def choose_for(
 def explain(packed: Packed, M: int) -> tuple[str, str]:
     """(kernel, reason): what multiplies M rows of x by a packed weight where it lives. Of a dense one, what the best sparse kernel would do.
 
-    Kernels: cublas, or torch's own on a CPU, reference, walk, pick, batch, special, mma, cusparselt, expand (which is followed by cuBLAS).
+    Kernels: cublas, or torch's own on a CPU, reference, walk, pick, batch, mma, cusparselt, expand (which is followed by cuBLAS).
     """
     format, device, (N, K) = formats.name(type(packed)), packed.values.device, packed.shape
     if format == "dense":

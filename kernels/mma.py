@@ -17,9 +17,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
-from dlpkit.kernels.batch import DTYPES, aligned
 from dlpkit.kernels.early import early_start
-from dlpkit.kernels.product import fetch, finish, join
+from dlpkit.kernels.product import DTYPES, aligned, fetch, finish, grid, join
 from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.scatter import barrier
 
@@ -123,14 +122,6 @@ def _multiply(sums, mine, stage, x, add, PTX: gl.constexpr, CONSTRAINTS: gl.cons
 
 
 @gluon.jit
-def _grid(WHAT: gl.constexpr, EARLY: gl.constexpr):
-    """See early.py: wait for the kernel before, or let the next one start."""
-    if EARLY:
-        PTX: gl.constexpr = "griddepcontrol." + WHAT + "; mov.b32 $0, 0;"
-        gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _mma_kernel(
     x_ptr, values_ptr, codes_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
     N, octets, x_rows, stride_x, atoms, T, units, U,
@@ -165,7 +156,7 @@ def _mma_kernel(
     for i in gl.static_range(STAGES - 1):
         _copy(values_ptr, codes_ptr, mine, i, next_tile * GROUPS + group, next_t, atoms, T, first_unit + i < last)
         next_tile, next_t = _past(next_tile, next_t, T)
-    _grid("wait", EARLY)
+    grid("wait", EARLY)
     next_tile, next_t = tile, t
     for i in gl.static_range(STAGES - 1):
         fetch(pool.index(i), x_ptr, m, k, next_t * 64, gl.where(first_unit + i < last, x_rows, 0), octets, stride_x)
@@ -185,7 +176,7 @@ def _mma_kernel(
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
         t += 1
         if unit == last - 1:
-            _grid("launch_dependents", EARLY)
+            grid("launch_dependents", EARLY)
         if (unit == last - 1) | (t == T):
             if SPLIT:
                 join(_tile(sums, M), room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, T, U, BIAS)

@@ -92,9 +92,8 @@ def _tile_matmul(x, bias, values, gaps, extras, places, starts, extra_starts, ar
     weight = values, gaps, extras, places, starts, extra_starts, arrived
     if not use_wgmma(x.device):
         return torch.nn.functional.linear(x, _tile_dense(*weight, N, K), bias)
-    kernel = _kernel_for("tile", x, values, N, K)
-    if kernel != crossover.EXPAND:
-        return batch.multiply(kernel, x, *weight, None if bias is None else bias.contiguous(), N, K)
+    if _kernel_for("tile", x, values, N, K) != crossover.EXPAND:
+        return batch.multiply(x, *weight, None if bias is None else bias.contiguous(), N, K)
     dense = spread.spread(*weight[:-1], N, K)  # [K, N]
     return x @ dense if bias is None else torch.addmm(bias, x, dense)
 

@@ -1,10 +1,30 @@
-"""The x and y side of the products of a tile weight: chunks of x to shared memory, parts of a tile added, y stored."""
+"""The x and y side of the products on Hopper's tensor cores: chunks of x to shared memory, parts of a tile added, y stored."""
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from dlpkit.kernels.scatter import barrier, opaque
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with rows that are whole 16-byte words; columns past K hold zeros."""
+    if x.shape[1] % 8:
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@gluon.jit
+def grid(WHAT: gl.constexpr, EARLY: gl.constexpr):
+    """See early.py: wait for the kernel before, or let the next one start."""
+    if EARLY:
+        PTX: gl.constexpr = "griddepcontrol." + WHAT + "; mov.b32 $0, 0;"
+        gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -16,31 +36,41 @@ def fetch(to, x_ptr, m, k, column, x_rows, octets, stride_x):
 
 
 @gluon.jit
+def _offsets(tile, FIRST: gl.constexpr):
+    """Where a thread's elements of [rows, columns from FIRST on] stand in a part: threads of a warp side by side."""
+    ROWS: gl.constexpr = tile.shape[0]
+    LAYOUT: gl.constexpr = tile.type.layout
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    m = gl.arange(0, tile.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    e = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    return FIRST * ROWS + m * (ROWS * 8) + r * 8 + e
+
+
+@gluon.jit
 def join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS: gl.constexpr):
-    """Add the parts of all programs that share a tile, in the last one to arrive. Program i has part i + t of tile t.
+    """Add the parts of all programs that share a tile, in the last one to arrive. Program i has part i + t of tile t, [M / 8, ROWS, 8].
 
     `arrived` counts the programs that have stored their part, and is zero again at the end.
     """
     ROWS: gl.constexpr = acc.shape[0]
     M: gl.constexpr = acc.shape[1]
-    LAYOUT: gl.constexpr = acc.type.layout
+    SLAB: gl.constexpr = M if M < 64 else 64  # columns whose parts a thread adds at a time
+    SLAB_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLAB, 16])
     begin = tile * B // U
     count = (tile * B + B - 1) // U - begin + 1
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)) + opaque(0)
-    m = gl.arange(0, M, gl.SliceLayout(0, LAYOUT))
-    part = parts_ptr + (begin + tile).to(gl.int64) * (ROWS * M) + r[:, None] * M + m[None, :]
-    last = count == 1
-    if count > 1:
-        gl.store(part + (gl.program_id(0) - begin).to(gl.int64) * (ROWS * M), acc)
-        barrier()
-        last = gl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == count - 1
-        if last:
-            gl.store(arrived_ptr + tile, 0)
-            acc = gl.zeros([ROWS, M], gl.float32, LAYOUT)
+    # opaque: no address is kept in registers through the loop over units
+    parts_ptr += opaque(begin + tile).to(gl.int64) * (ROWS * M)
+    mine = acc.reshape([ROWS, M // 8, 8])
+    gl.store(parts_ptr + (gl.program_id(0) - begin) * (ROWS * M) + _offsets(mine, 0), mine)
+    barrier()
+    if gl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == count - 1:
+        gl.store(arrived_ptr + tile, 0)
+        for first in gl.static_range(0, M, SLAB):
+            total = gl.zeros([ROWS, SLAB], gl.float32, SLAB_LAYOUT).reshape([ROWS, SLAB // 8, 8])
             for i in range(count):
-                acc += gl.load(part + i.to(gl.int64) * (ROWS * M), cache_modifier=".cg")
-    if last:
-        finish(acc, room, tile, bias_ptr, y_ptr, N, x_rows, BIAS)
+                total += gl.load(parts_ptr + i * (ROWS * M) + _offsets(total, first), cache_modifier=".cg")
+            slab = gl.convert_layout(total.reshape([ROWS, SLAB]), SLAB_LAYOUT, assert_trivial=True)
+            finish(slab, room, tile, bias_ptr, y_ptr + first * N, N, x_rows - first, BIAS)
 
 
 @gluon.jit

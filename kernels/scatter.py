@@ -54,22 +54,30 @@ def _zero_ptx(threads: int) -> str:
     return f"{{ .reg .b32 z; mov.b32 z, 0; {stores} mov.b32 $0, 0; }}"
 
 
-def _extra_ptx(round: int) -> str:
-    """Extra `round` of a thread and its place, if there is one."""
-    return f"""{{ .reg .pred p; setp.gt.s32 p, $4, {128 * round};
-        @p ld.global.nc.u16 $0, [$2 + {256 * round}]; @p ld.global.nc.u16 $1, [$3 + {256 * round}]; }}"""
+def _extras_ptx() -> str:
+    """Four extras of a thread and their places, which are negative where there is none."""
+    return """{ .reg .pred p; setp.gt.s32 p, $6, 0; mov.b32 $2, -1; mov.b32 $3, -1;
+        @p ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$4]; @p ld.global.nc.L1::no_allocate.v2.b32 {$2, $3}, [$5]; }"""
 
 
-def _put_ptx(round: int) -> str:
-    return f"""{{ .reg .pred p; .reg .b16 v; .reg .b32 at; setp.gt.s32 p, $3, {128 * round};
-        cvt.u16.u32 v, $1; shl.b32 at, $2, 1; add.u32 at, at, $4; @p st.shared.b16 [at], v; mov.b32 $0, 0; }}"""
+def _put_ptx() -> str:
+    lines = [".reg .pred p; .reg .b32 at; .reg .b16 v<4>, k<4>;"]
+    for i in range(2):
+        lines.append(f"mov.b32 {{v{2 * i}, v{2 * i + 1}}}, ${1 + i}; mov.b32 {{k{2 * i}, k{2 * i + 1}}}, ${3 + i};")
+    for i in range(4):
+        lines.append(f"setp.ge.s16 p, k{i}, 0; mad.wide.u16 at, k{i}, 2, $5; @p st.shared.b16 [at], v{i};")
+    return "{" + "\n".join([*lines, "mov.b32 $0, 0;"]) + "}"
 
 
 STEP = gl.constexpr(_step_ptx())
 READ0, READ1, READ2, READ3 = (gl.constexpr(_read_ptx(ahead)) for ahead in range(4))
 ZERO4, ZERO8 = gl.constexpr(_zero_ptx(128)), gl.constexpr(_zero_ptx(256))
-EXTRA0, EXTRA1, EXTRA2, EXTRA3 = (gl.constexpr(_extra_ptx(round)) for round in range(4))
-PUT0, PUT1, PUT2, PUT3 = (gl.constexpr(_put_ptx(round)) for round in range(4))
+EXTRAS, PUT = gl.constexpr(_extras_ptx()), gl.constexpr(_put_ptx())
+MORE = gl.constexpr(512)  # extras of 64 rows that their threads read at a time
+TABLE = gl.constexpr("""{ .reg .b32 l; .reg .b64 at; mov.u32 l, %laneid; min.s32 l, l, $2; mul.wide.s32 at, l, 4; add.s64 at, at, $1;
+    ld.global.b32 $0, [at]; }""")
+OF_LANE = gl.constexpr("""{ .reg .pred p; .reg .b32 v; mov.u32 v, %laneid; setp.eq.u32 p, v, $2; selp.b32 v, $1, 0, p;
+    redux.sync.max.u32 $0, v, 0xffffffff; }""")
 
 
 @gluon.jit
@@ -99,16 +107,6 @@ def walker(thread, TILE: gl.constexpr):
 
 
 @gluon.jit
-def find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, half):
-    """Where to read block b of a tile of 64 rows: steps and extras; of each lane the first step, the first extra and how many."""
-    at = gl.minimum(tile * B + b, atoms * B - 1)
-    first = gl.load(starts_ptr + at)
-    extra = gl.load(extra_starts_ptr + at)
-    more = gl.load(extra_starts_ptr + at + 1) - extra
-    return gl.load(starts_ptr + at + 1) - first, more, first + half, extra + half, more + half
-
-
-@gluon.jit
 def _read(stream, AHEAD: gl.constexpr):
     PTX: gl.constexpr = READ0 if AHEAD == 0 else READ1 if AHEAD == 1 else READ2 if AHEAD == 2 else READ3
     return gl.inline_asm_elementwise(
@@ -131,50 +129,25 @@ def start(values_ptr, gaps_ptr, first, lane):
 
 
 @gluon.jit
-def _read_extra(at, left, PTX: gl.constexpr):
+def load_table(p, last):
+    """The words p[0] to p[last], at most 32, one to a lane: a word that all lanes load, ptxas would wait for at once."""
+    return gl.inline_asm_elementwise(TABLE, "=r,l,r", [p, last], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def of_lane(table, i):
+    """Word i of a table, not negative, in a register that all lanes share."""
+    return gl.inline_asm_elementwise(OF_LANE, "=r,r,r", [table, i], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def read_extras(extras_ptr, places_ptr, extra, more, lane):
+    """Four of a block's extras for each of its threads, of `more` that begin with `extra`, with their places."""
+    extra += lane * 4
     return gl.inline_asm_elementwise(
-        PTX, "=&r,=&r,l,l,r", [at[0], at[1], left], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS: gl.constexpr):
-    """The first one or four rounds of a block's extras with their places, and how many there are from this thread's first on."""
-    at = extras_ptr + extra + lane, places_ptr + extra + lane
-    left = more - lane
-    if ROUNDS == 1:
-        return (_read_extra(at, left, EXTRA0),), left
-    else:
-        return (
-            _read_extra(at, left, EXTRA0), _read_extra(at, left, EXTRA1),
-            _read_extra(at, left, EXTRA2), _read_extra(at, left, EXTRA3),
-        ), left  # fmt: skip
-
-
-@gluon.jit
-def begin(
-    values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, unit, atoms, B, half, lane, ROUNDS: gl.constexpr
-):  # fmt: skip
-    """Of the first unit of a program with tiles of 64 rows: its tile, block and steps, stream and ring, and what `put_extras` wants."""
-    tile = unit // B
-    b = unit - tile * B
-    steps, most, first, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, half)
-    stream, ring = start(values_ptr, gaps_ptr, first, lane)
-    ahead, mine = read_extras(extras_ptr, places_ptr, extra, more, lane, ROUNDS)
-    return tile, b, steps, stream, ring, (extra, most, ahead, mine)
-
-
-@gluon.jit
-def proceed(
-    extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, live, atoms, B, half, lane, ROUNDS: gl.constexpr
-):  # fmt: skip
-    """The unit after block b of a tile, if need be of the next tile: tile, block, steps, and, if it is `live`, what `put_extras` wants."""
-    b += 1
-    tile = gl.where(b == B, tile + 1, tile)
-    b = gl.where(b == B, 0, b)
-    steps, most, _, extra, more = find(starts_ptr, extra_starts_ptr, tile, b, atoms, B, half)
-    ahead, mine = read_extras(extras_ptr, places_ptr, extra, gl.where(live, more, 0), lane, ROUNDS)
-    return tile, b, steps, (extra, most, ahead, mine)
+        EXTRAS, "=&r,=&r,=&r,=&r,l,l,r", [extras_ptr + extra, places_ptr + extra, more - lane * 4],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -185,27 +158,19 @@ def clear(me, NUM_WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _put(extra, left, to, PTX: gl.constexpr):
-    gl.inline_asm_elementwise(PTX, "=r,r,r,r,r", [extra[0], extra[1], left, to], dtype=gl.int32, is_pure=False, pack=1)
+def put_extras(extras, me):
+    """Store what `read_extras` read."""
+    gl.inline_asm_elementwise(
+        PUT, "=r,r,r,r,r,r", [extras[0], extras[1], extras[2], extras[3], me[6]], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
-def put_extras(extras_ptr, places_ptr, extras, lane, me, ROUNDS: gl.constexpr):
-    """Store a block's extras, those read ahead and any others. extras: each lane's first, the most of a half, those read ahead, how many
-    there are from there on.
-    """
-    extra, most, ahead, left = extras
-    to = me[6]
-    _put(ahead[0], left, to, PUT0)
-    if ROUNDS == 4:
-        _put(ahead[1], left, to, PUT1)
-        _put(ahead[2], left, to, PUT2)
-        _put(ahead[3], left, to, PUT3)
+def put_rest(extras_ptr, places_ptr, extra, more, most, lane, me):
+    """Read and store a block's extras past the first MORE. most: those of the half that has more."""
     # opaque: Triton 3.6 and 3.7 drop what a loop carries if it is only the end of another loop
-    for done in range(ROUNDS * 128, opaque(most), 128):
-        value = gl.load(extras_ptr + extra + done + lane, mask=done < left, other=0).to(gl.int32)
-        place = gl.load(places_ptr + extra + done + lane, mask=done < left, other=0).to(gl.int32)
-        _put((value, place), left - done, to, PUT0)
+    for done in range(MORE, opaque(most), MORE):
+        put_extras(read_extras(extras_ptr, places_ptr, extra + done, more - done, lane), me)
 
 
 @gluon.jit
@@ -247,7 +212,15 @@ def walk(stream, ring, steps, me):
             c = _step(c, ring[3], me)
             ring = more
             stream = _past(stream, 4)
-    if steps % 8 >= 4:
+    left = steps % 8
+    if left > 4:
+        c = _step(c, ring[0], me)
+        more = _read_four(stream)
+        c = _step(c, ring[1], me)
+        c = _step(c, ring[2], me)
+        c = _step(c, ring[3], me)
+        ring, stream = _end(c, more, _past(stream, 4), left - 4, me)
+    elif left == 4:
         c = _step(c, ring[0], me)
         r0 = _read(stream, 0)
         c = _step(c, ring[1], me)
@@ -257,17 +230,24 @@ def walk(stream, ring, steps, me):
         c = _step(c, ring[3], me)
         ring = r0, r1, r2, _read(stream, 3)
         stream = _past(stream, 4)
-    rest = steps % 4
-    if rest == 1:
+    else:
+        ring, stream = _end(c, ring, stream, left, me)
+    return stream, ring
+
+
+@gluon.jit
+def _end(c, ring, stream, left, me):
+    """The last one to three steps of a block, if any: what moves from one register to another is there by then."""
+    if left == 1:
         c = _step(c, ring[0], me)
         ring = ring[1], ring[2], ring[3], _read(stream, 0)
-    elif rest == 2:
+    elif left == 2:
         c = _step(c, ring[0], me)
         c = _step(c, ring[1], me)
         ring = ring[2], ring[3], _read(stream, 0), _read(stream, 1)
-    elif rest == 3:
+    elif left == 3:
         c = _step(c, ring[0], me)
         c = _step(c, ring[1], me)
         c = _step(c, ring[2], me)
         ring = ring[3], _read(stream, 0), _read(stream, 1), _read(stream, 2)
-    return _past(stream, rest), ring
+    return ring, _past(stream, left)

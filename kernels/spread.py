@@ -1,6 +1,6 @@
 """A tile weight to the dense [K, N] on the GPU, at the speed of memory: what more rows of x than `batch` takes multiply by.
 
-Tiles as in batch.py; instead of a product, every tile is copied out, a line of 64 rows to a column.
+A unit is a block. Every tile is copied out, a line of 64 rows to a column.
 """
 
 import torch
@@ -8,44 +8,62 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dlpkit.kernels.batch import DTYPES, ROUNDS
-from dlpkit.kernels.scatter import COLUMNS, barrier, begin, clear, opaque, proceed, put_extras, walk, walker
+from dlpkit.kernels.product import DTYPES
+from dlpkit.kernels.scatter import (
+    COLUMNS,
+    barrier,
+    clear,
+    load_table,
+    of_lane,
+    opaque,
+    put_extras,
+    put_rest,
+    read_extras,
+    start,
+    walk,
+    walker,
+)
 
 ROWS = gl.constexpr(64)  # of a tile
-UNITS, REGISTERS = 2, 96  # of a program, of a thread: H100, 14336 x 4096
+UNITS, REGISTERS = 2, 96  # of a program, at most 31; of a thread: H100, 14336 x 4096
 
 
 @gluon.jit
 def _spread_kernel(
     values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, out_ptr,  # out [K, N]
-    N, K, atoms, B, units, U,
+    N, K, B, units, U,
     DTYPE: gl.constexpr,
 ):  # fmt: skip
     OUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     w = gl.allocate_shared_memory(DTYPE, [COLUMNS, ROWS], gl.NVMMASharedLayout(128, 16, rank=2))
-    lane, half, me = walker(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])), 0)
+    lane, _, me = walker(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])), 0)
     k = gl.arange(0, 64, gl.SliceLayout(1, OUT))
     n = gl.arange(0, ROWS, gl.SliceLayout(0, OUT))
 
-    first_unit = gl.program_id(0) * U
-    last = gl.minimum(first_unit + U, units)
-    tile, b, steps, stream, ring, extras = begin(
-        values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, atoms, B, half, lane, ROUNDS
-    )  # fmt: skip
-    for unit in range(first_unit, last):
+    first = gl.program_id(0) * U
+    count = gl.minimum(U, units - first)
+    starts, extra_starts = load_table(starts_ptr + first, count), load_table(extra_starts_ptr + first, count)
+    stream, ring = start(values_ptr, gaps_ptr, of_lane(starts, 0), lane)
+    extra = of_lane(extra_starts, 0)
+    more = of_lane(extra_starts, 1) - extra
+    extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
+    for i in range(0, count):
         clear(me, 4)
         barrier()
-        put_extras(extras_ptr, places_ptr, extras, lane, me, ROUNDS)
-        stream, ring = walk(stream, ring, steps, me)
+        put_extras(extras, me)
+        stream, ring = walk(stream, ring, of_lane(starts, i + 1) - of_lane(starts, i), me)
+        put_rest(extras_ptr, places_ptr, extra, more, more, lane, me)
         barrier()
-        for i in gl.static_range(4):
-            column = b * COLUMNS + 64 * i + opaque(k)[:, None]
+        tile = (first + i) // B
+        b = first + i - tile * B
+        for j in gl.static_range(4):
+            column = b * COLUMNS + 64 * j + opaque(k)[:, None]
             row = tile * ROWS + n[None, :]
             out = out_ptr + column.to(gl.int64) * N + row
-            gl.store(out, w.slice(64 * i, 64, 0).load(OUT), mask=(column < K) & (row < N))
-        tile, b, steps, extras = proceed(
-            extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, tile, b, unit < last - 1, atoms, B, half, lane, ROUNDS
-        )  # fmt: skip
+            gl.store(out, w.slice(64 * j, 64, 0).load(OUT), mask=(column < K) & (row < N))
+        extra += more
+        more = of_lane(extra_starts, gl.minimum(i + 2, count)) - extra
+        extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
         barrier()
 
 
@@ -59,7 +77,7 @@ def spread(
     units = triton.cdiv(N, 64) * B
     _spread_kernel[(triton.cdiv(units, UNITS),)](
         values.view(torch.int32), gaps, extras.view(torch.int16), places, starts, extra_starts, out,
-        N, K, triton.cdiv(N, 64), B, units, UNITS,
+        N, K, B, units, UNITS,
         DTYPE=DTYPES[values.dtype], num_warps=4, maxnreg=REGISTERS,
     )  # fmt: skip
     return out

@@ -22,8 +22,7 @@ TABLE = {
     "nm": {("pick", *BIG, 0.5, "2:4"): {1: 1.6, 8: 1.0}},
     "fragment": {("mma", *BIG, 0.5, "2:4"): {1: 1.5, 8: 1.4, 64: 1.3}},
     "tile": {
-        ("batch", *BIG, 0.5, "balanced"): {8: 1.2, 32: 1.1},
-        ("special", *BIG, 0.5, "balanced"): {32: 1.0, 64: 0.9},
+        ("batch", *BIG, 0.5, "balanced"): {8: 1.2, 32: 1.1, 64: 0.9},
         ("batch", *BIG, 0.5, "unstructured"): {8: 0.9},
         ("batch", *BIG, 0.5, "2:4"): {8: 0.8},
     },

@@ -64,9 +64,7 @@ def test_operators_are_well_formed_and_gradients_those_of_dense():
 
 @WGMMA
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    ("kernel", "rows"), [("batch", [1, 8, 17, 40, 64, 150]), ("special", [9, 40, 128, 300]), ("expand", [300])]
-)
+@pytest.mark.parametrize(("kernel", "rows"), [("batch", [1, 8, 17, 40, 64, 100, 150, 300]), ("expand", [300])])
 @pytest.mark.parametrize(("N", "K"), [(1, 8), (64, 256), (200, 520), (1000, 1001), (4096, 1024)])
 def test_batches(N, K, kernel, rows, dtype, pinned):
     pinned(kernel)
@@ -81,7 +79,7 @@ def test_batches(N, K, kernel, rows, dtype, pinned):
 
 
 @WGMMA
-@pytest.mark.parametrize(("kernel", "M"), [("batch", 16), ("batch", 64), ("special", 64), ("expand", 300)])
+@pytest.mark.parametrize(("kernel", "M"), [("batch", 16), ("batch", 128), ("expand", 300)])
 def test_more_extras_than_are_read_ahead(kernel, M, pinned):
     """A few rows are dense from column 512 on: later blocks have more extras than the first."""
     pinned(kernel)
@@ -95,7 +93,18 @@ def test_more_extras_than_are_read_ahead(kernel, M, pinned):
 
 
 @WGMMA
-@pytest.mark.parametrize(("kernel", "M"), [("batch", 4), ("special", 64)])
+@pytest.mark.parametrize("blocks", [62, 63, 64, 65, 129])
+def test_a_program_with_more_blocks_than_a_table_holds(blocks, pinned, monkeypatch):
+    """Two groups scatter the blocks of a tile, each by tables of 32."""
+    pinned("batch")
+    monkeypatch.setattr("dlpkit.kernels.batch.units", lambda *of: blocks)
+    weight = sparse(128, 256 * blocks, "0.6")
+    x = torch.randn(8, 256 * blocks, dtype=weight.dtype, device=DEVICE)
+    assert relative_error(tile.pack(weight).matmul(x), x.double() @ weight.double().t()) < TOLERANCE[weight.dtype]
+
+
+@WGMMA
+@pytest.mark.parametrize(("kernel", "M"), [("batch", 4), ("batch", 64)])
 def test_strided_rows(kernel, M, pinned):
     pinned(kernel)
     weight = balanced(256, 512, 128)
@@ -107,7 +116,7 @@ def test_strided_rows(kernel, M, pinned):
 
 
 @WGMMA
-@pytest.mark.parametrize(("kernel", "M"), [("batch", 16), ("special", 100), ("expand", 300)])
+@pytest.mark.parametrize(("kernel", "M"), [("batch", 16), ("batch", 100), ("expand", 300)])
 def test_graphs_and_compile(kernel, M, pinned):
     pinned(kernel)
     weight = balanced(512, 1024, 77)

@@ -13,7 +13,8 @@ that keeps as many weights in every row of every block (`0.5@256`) has no paddin
     lane    end * 64 + row % 2 * 32 + row // 2: a warp is 32 rows of one parity, whose 16-bit elements lie in 32 different banks
     values  [block][step][lane][8], blocks row by row, and four steps of zeros, because the kernels read on past the last
     gaps    [block][step][lane] int32, slot j in the four bits from 8 * (j % 4) + 4 * (j // 4): one product sums four distances
-    extras  [block][extra], and as long, places: that in the tile, k * 64 + (row // 8 ^ k % 8) * 8 + row % 8
+    extras  [block][extra], and as long, places: that in the tile, k * 64 + (row // 8 ^ k % 8) * 8 + row % 8; in fours, filled up with zeros
+            whose place is -1
 
 20 bits per slot, 32 per extra. One product with a weight at a time: the programs of a launch count each other in `arrived`, so two
 streams must not multiply by the same Tile at once.
@@ -144,6 +145,7 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     place = (at % 32 * 8 + at // 32) * ROWS + ((row // 8) ^ (at // 32)) * 8 + row % 8
     extras, places = ordered[run, at][~fits], place[~fits].to(torch.int16)
     more = torch.bincount(block[~fits], minlength=total)
+    extras, places = _in_fours(extras, 0, more), _in_fours(places, -1, more)
 
     run, at, block, row, upward, distance, count, nth = (
         t[fits] for t in (run, at, block, row, upward, distance, count, nth)
@@ -163,7 +165,16 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     slot = slot[source] - fillers + n
     word = (starts[block[source]] + slot // 8) * LANES + lane[source]
     gaps.index_add_(0, word, (gap << (slot % 4 * 8 + slot % 8 // 4 * 4)).to(torch.int32))
-    return values, gaps, extras, places, steps, more
+    return values, gaps, extras, places, steps, more + -more % 4
+
+
+def _in_fours(extras: torch.Tensor, filler: int, more: torch.Tensor) -> torch.Tensor:
+    """The extras of all blocks, `more` [blocks] of each, the last four of a block filled up."""
+    room = more + -more % 4
+    filled = torch.full((int(room.sum()),), filler, dtype=extras.dtype, device=extras.device)
+    shift = (room.cumsum(0) - room) - (more.cumsum(0) - more)
+    filled[torch.arange(len(extras), device=extras.device) + shift.repeat_interleave(more)] = extras
+    return filled
 
 
 def unpack_ref(packed: Tile) -> torch.Tensor:
@@ -188,7 +199,8 @@ def unpack_ref(packed: Tile) -> torch.Tensor:
     k = place // ROWS
     row = (place // 8 % 8 ^ k % 8) * 8 + place % 8
     block = torch.repeat_interleave(packed.extra_starts.diff().long())
-    ordered[block * ROWS + row, k % 8 * 32 + k // 8] = packed.extras
+    run, at, extra = (t[place >= 0] for t in (block * ROWS + row, k % 8 * 32 + k // 8, packed.extras))
+    ordered[run, at] = extra
     return _from_runs(ordered, N, K)
 
 
