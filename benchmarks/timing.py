@@ -8,7 +8,8 @@ from dataclasses import fields, is_dataclass, replace
 import torch
 
 RING_BYTES = 6  # times the L2 cache
-TIMED_MS = 15  # a GPU that was waiting for the host is slow for some milliseconds
+TIMED_MS = 15
+WARM_MS = 25  # a GPU that was waiting for the host is slow for some milliseconds
 
 
 def ring_length(nbytes: int) -> int:
@@ -29,7 +30,7 @@ def copies(value, n: int) -> list:
 
 
 def clock(calls: list[Callable], timed_ms: float = TIMED_MS) -> tuple[float, float]:
-    """Microseconds per call, and the spread (90th less 10th percentile) over the median. Replays for some milliseconds, warm for as long before."""
+    """Microseconds per call, and the spread (90th less 10th percentile) over the median. Replays for some milliseconds, after as many to warm up."""
     repeats = max(1, 24 // len(calls))
     for call in calls[:2]:
         call()
@@ -39,7 +40,7 @@ def clock(calls: list[Callable], timed_ms: float = TIMED_MS) -> tuple[float, flo
         for call in calls * repeats:
             call()
     once = max(0.01, _replays(graph, 3)[-1])  # ms
-    _replays(graph, int(timed_ms / once) + 1)
+    _replays(graph, int(max(timed_ms, WARM_MS) / once) + 1)
     took = [ms * 1e3 / (repeats * len(calls)) for ms in _replays(graph, max(9, int(timed_ms / once)))]
     tenths = statistics.quantiles(took, n=10)
     return statistics.median(took), (tenths[-1] - tenths[0]) / statistics.median(took)

@@ -56,7 +56,7 @@ def main() -> None:
     if not args.table:
         roof, where = copy_roof(), environment(args.commit)
         for layer in layers:
-            found = list(measure(*layer))
+            found = list(measure(*layer, args.kernels))
             show(found)
             wrong += [row for row in found if row["error"] >= TOLERANCE]
             found = [row for row in found if row["error"] < TOLERANCE]
@@ -68,14 +68,14 @@ def main() -> None:
         raise SystemExit(f"products that are wrong, and left out: {wrong}")
 
 
-def measure(shape: tuple[int, int], format: str, pattern: str) -> Iterator[dict]:
-    """Rows of all kernels of a format on one layer."""
+def measure(shape: tuple[int, int], format: str, pattern: str, kernels: list[str] | None) -> Iterator[dict]:
+    """Rows of these kernels of a format, by default all, on one layer."""
     N, K = shape
     weight = sparse(shape, pattern)
     packed = formats.get(format).pack(weight)
     ring = copies(packed, ring_length(packed.nbytes))
     for kernel, rows in KERNELS[format].items():
-        for M in rows:
+        for M in rows if not kernels or kernel in kernels else []:
             xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]
             with pinned(kernel):
                 error = relative_error(packed.matmul(xs[0]), (xs[0].float() @ weight.float().t()).double())
@@ -155,6 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split("x"))), default=SHAPES)
     parser.add_argument("--patterns", nargs="+")
+    parser.add_argument("--kernels", nargs="+")
     parser.add_argument("--warm", action="store_true", help="only compile")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--commit", help="what to record where there is no git checkout")
