@@ -23,7 +23,7 @@ def draw(found: dict, path: str) -> None:
 
     sizes = sorted({key[2] for key in found})
     panels = 2 if len(sizes) > 1 else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.2), layout="constrained", squeeze=False)
     alone(axes[0, 0], {key: row for key, row in found.items() if key[2] == 1})
     if panels == 2:
         by_batch(axes[0, 1], found, sizes)
@@ -34,12 +34,13 @@ def draw(found: dict, path: str) -> None:
 
 
 def alone(axes, found: dict) -> None:
-    names = [f"{model}\nprompt {prompt}\n{pattern}" for model, prompt, _, pattern in found]
-    axes.bar(names, [row["tokens_per_s"] for row in found.values()], label="measured")
+    names = [f"{model}, prompt {prompt}, {pattern}" for model, prompt, _, pattern in found]
+    axes.barh(names, [row["tokens_per_s"] for row in found.values()], label="measured")
     ceilings = [1e9 * row["roof_gbps"] / row["step_bytes"] for row in found.values()]
-    axes.plot(names, ceilings, "k_", markersize=24, label="weights at copy bandwidth")
-    axes.set(ylabel="tokens per second", title="batch 1")
-    axes.tick_params(axis="x", labelsize=7)
+    axes.plot(ceilings, names, "k|", markersize=16, label="weights at copy bandwidth")
+    axes.set(xlabel="tokens per second", title="batch 1")
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
 
 
 def by_batch(axes, found: dict, sizes: list[int]) -> None:

@@ -132,7 +132,7 @@ def packing() -> str:
 def tokens() -> str:
     """Tokens per second of every model, prompt and batch, beside the dense model in the same loop."""
     found = plot_tokens.token_rows(rows.FOLDER / "tokens-h100.jsonl")
-    patterns = list(dict.fromkeys(key[3] for key in found if key[3] != "dense"))
+    patterns = sorted({key[3] for key in found} - {"dense"})
     lines = []
     for model, prompt, batch in dict.fromkeys(key[:3] for key in found):
         dense = found[model, prompt, batch, "dense"]
