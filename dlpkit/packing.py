@@ -109,14 +109,21 @@ def _pack(model: nn.Module, weights: dict[str, torch.Tensor], format: str, batch
         stacked = torch.cat([weights.pop(name) for name in names])
         chosen = _choose(stacked, format, batch)
         if chosen != "dense":
-            for name, member in zip(names, FusedLinear.group(linears, formats.get(chosen).pack(stacked)), strict=True):
+            for name, member in zip(names, FusedLinear.group(linears, _packed(stacked, chosen, names)), strict=True):
                 put(model, name, member)
             return
         parts = stacked.split([linear.out_features for linear in linears])
         weights = {name: part.clone() for name, part in zip(names, parts, strict=True)}
     for name, linear in zip(names, linears, strict=True):
         weight = weights.pop(name)
-        put(model, name, SparseLinear.of(linear, formats.get(_choose(weight, format, batch)).pack(weight)))
+        put(model, name, SparseLinear.of(linear, _packed(weight, _choose(weight, format, batch), [name])))
+
+
+def _packed(weight: torch.Tensor, format: str, names: list[str]) -> formats.Packed:
+    try:
+        return formats.get(format).pack(weight)
+    except ValueError as error:
+        raise ValueError(f"{' and '.join(names)}: {error}") from error
 
 
 def _may_run_sparse(weight: torch.Tensor, format: str) -> bool:

@@ -89,6 +89,11 @@ def test_packing_twice_changes_nothing():
     assert all(a is b for a, b in zip(first.values(), pack_linears(model, "dense").values(), strict=True))
 
 
+def test_an_error_names_the_weights():
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj and .*v_proj: .*2:4"):
+        pack_linears(sparse_model(), "fragment")
+
+
 def test_packing_anew_lets_go_of_the_weights_before():
     """At once, not when the garbage collector comes: until then the model would be in memory twice."""
     model = sparse_model()
