@@ -19,7 +19,7 @@ import torch
 from quality import environment
 from rows import load
 
-from dlpkit import archs, data, edits, models, structure
+from dlpkit import archs, data, models, structure, surgery
 from dlpkit.edits import RULES, Drop
 from dlpkit.evaluate import cache_bytes, perplexity
 from dlpkit.generation import Decoder
@@ -47,7 +47,7 @@ def quality(args: argparse.Namespace, out: "Rows") -> None:
         "eval_windows": len(held_out), "eval_seqlen": args.eval_seqlen,
     }  # fmt: skip
     for row in plans(args, model, tokenizer):
-        with edits.trial(model, row.pop("edits")):
+        with surgery.trial(model, row.pop("edits")):
             after = perplexity(model, held_out, args.batch_size).perplexity
         out.write(**about, **row, perplexity=after)
 
@@ -103,13 +103,13 @@ def search(args: argparse.Namespace, out: "Rows") -> None:
 def naive(model, windows: torch.Tensor, count: int, batch_size: int) -> tuple[list[Drop], int]:
     """Algorithm 1 of BlockPruner as it is written."""
     chosen, evaluations = [], 0
-    candidates = [Drop(*half) for half in sorted(edits.present(model, archs.of(model)))]
+    candidates = [Drop(*half) for half in sorted(surgery.present(model, archs.of(model)))]
     budget = structure.Budget(model)
     for _ in range(count):
         losses = {}
         for candidate in candidates:
             if budget.fits([*chosen, candidate]):
-                with edits.trial(model, [*chosen, candidate]):
+                with surgery.trial(model, [*chosen, candidate]):
                     losses[candidate] = perplexity(model, windows, batch_size).loss
         evaluations += len(losses)
         chosen.append(min(losses, key=losses.get))
@@ -148,11 +148,11 @@ def shapes(args: argparse.Namespace, out: "Rows") -> None:
         )  # fmt: skip
 
     for name, chosen in some.items():
-        with edits.trial(model, chosen):
+        with surgery.trial(model, chosen):
             write(name, budget.share(chosen))
     # of weights that are all alike any method cuts as much of every layer
     narrow = structure.get("magnitude_sp").plan(model, [], 0.2)
-    edits.apply(model, narrow.edits)
+    surgery.apply(model, narrow.edits)
     write("20 % by width", narrow.shares[-1])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from quality import environment
 
-from dlpkit import checkpoint, data, edits, models, recipe, recovery, structure
+from dlpkit import checkpoint, data, models, recipe, recovery, structure, surgery
 from dlpkit.evaluate import perplexity
 from dlpkit.gradients import terms
 from dlpkit.kernels.runtime import default_device
@@ -76,7 +76,7 @@ def main() -> None:
                 "share": plan.shares[-1],
                 "plan_seconds": time.perf_counter() - start,
             }
-            with edits.trial(model, plan.edits):
+            with surgery.trial(model, plan.edits):
                 if evaluation is not None:
                     result["perplexity"] = perplexity(model, evaluation, args.eval_batch_size).perplexity
                 result["held_out_loss"] = perplexity(model, held_out, args.eval_batch_size).loss

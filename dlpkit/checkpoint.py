@@ -17,6 +17,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dlpkit import edits as structural
+from dlpkit import surgery
 from dlpkit.edits import Edit
 from dlpkit.folders import new_folder
 from dlpkit.kernels import dispatch, formats
@@ -82,7 +83,7 @@ class DlpkitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs) -> None:
         try:
-            structural.apply(model, [structural.from_dict(edit) for edit in self.quantization_config.edits])
+            surgery.apply(model, [structural.from_dict(edit) for edit in self.quantization_config.edits])
         except ValueError as error:
             raise ValueError(f"config.json: {error}; the file is damaged") from error
         for name, facts in self.quantization_config.modules.items():
@@ -141,8 +142,8 @@ def edit(model: PreTrainedModel, edits: list[Edit]) -> PreTrainedModel:
     A model that has only lost or merged whole layers stays an ordinary one and loads without dlpkit; one whose layers are sliced to one
     size does where transformers can be told of that size. Raises ValueError, before any change, for edits that do not fit the model or one another.
     """
-    structural.apply(model, edits)
-    structural.tell(model)
+    surgery.apply(model, edits)
+    surgery.tell(model)
     return _described(model)
 
 
@@ -207,7 +208,7 @@ def load(
 def _described(model: PreTrainedModel) -> PreTrainedModel:
     """Have the model's config say what it holds that an ordinary one does not, or nothing."""
     modules = {name: [*sparse.shape, sparse.nnz()] for name, sparse in sparse_linears(model).items()}
-    edits = [structural.to_dict(edit) for edit in structural.residue(model)]
+    edits = [structural.to_dict(edit) for edit in surgery.residue(model)]
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     if modules or edits:

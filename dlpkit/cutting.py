@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dlpkit import archs, checkpoint, edits, evaluate
+from dlpkit import archs, checkpoint, evaluate, surgery
 from dlpkit import structure as structures
 from dlpkit.generation import Decoder
 from dlpkit.journal import Journal
@@ -42,7 +42,7 @@ def cut(model: PreTrainedModel, plan: Plan) -> None:
 
 def facts(model: PreTrainedModel) -> dict:
     """What of a model a structure changes, measured where the model is."""
-    halves = edits.present(model, archs.of(model))
+    halves = surgery.present(model, archs.of(model))
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": model.config.num_hidden_layers,

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dlpkit import archs, units
-from dlpkit.edits import Half, present
+from dlpkit.edits import Half
 from dlpkit.progress import Progress, silent
+from dlpkit.surgery import present
 from dlpkit.units import Member
 
 FLOAT16_SCALE = 2.0**12  # of the loss, for gradients that float16 would round to zero

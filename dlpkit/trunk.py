@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dlpkit import archs, edits, parallel
+from dlpkit import archs, edits, parallel, surgery
 from dlpkit.calibration import Stream
 from dlpkit.edits import Edit, Half
 from dlpkit.offload import store
@@ -46,8 +46,8 @@ class Trunk:
         self.windows, self.rows = windows[self.mine], max(ROW_TOKENS // windows.shape[1], 1)
         self.stream = Stream(model, self.arch, list(self.windows.split(1)), self.device)
         self.layers = len(self.stream.blocks)
-        self.made, self.there, self.work = ExitStack(), edits.present(model, self.arch), Work()
-        self.sizes = edits.parameters(model, self.arch)
+        self.made, self.there, self.work = ExitStack(), surgery.present(model, self.arch), Work()
+        self.sizes = surgery.parameters(model, self.arch)
         self.head = model.get_output_embeddings().weight.numel()
         first = torch.cat(self.stream.hidden.held())  # [W, T, hidden]
         self.stream.hidden = []
@@ -63,7 +63,7 @@ class Trunk:
 
     def make(self, edit: Edit) -> None:
         """Make an edit, on top of those made before."""
-        self.made.enter_context(edits.in_place(self.model, self.arch, edit))
+        self.made.enter_context(surgery.in_place(self.model, self.arch, edit))
         self.there -= edit.takes
         self._refill(edit.first)
 
@@ -129,7 +129,7 @@ class Trunk:
     def _edited(self, layer: int, hidden: torch.Tensor, candidate: Candidate, own: list[Edit]) -> torch.Tensor:
         with ExitStack() as tried:
             for edit in own:
-                tried.enter_context(edits.in_place(self.model, self.arch, edit))
+                tried.enter_context(surgery.in_place(self.model, self.arch, edit))
             return self._through(layer, hidden, _takes(candidate))
 
     @torch.no_grad()

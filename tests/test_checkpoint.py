@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import dlpkit
-from dlpkit import archs, checkpoint, edits, packing
+from dlpkit import archs, checkpoint, packing, surgery
 from dlpkit.edits import Drop, Merge
 from dlpkit.kernels import dispatch, formats, storage
 from dlpkit.packing import sparse_linears
@@ -79,7 +79,7 @@ def test_dropped_halves_come_back_bit_for_bit(kind, packs, tokens, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype="auto")
     assert bool(sparse_linears(again)) == packs
     assert torch.equal(again(tokens).logits, expected)
-    assert edits.residue(again) == [Drop(0, "attn"), Drop(1, "mlp")]
+    assert surgery.residue(again) == [Drop(0, "attn"), Drop(1, "mlp")]
     how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 256, "eos_token_id": None}
     assert torch.equal(again.generate(tokens, **how), again.generate(tokens, use_cache=False, **how))
     again.save_pretrained(tmp_path / "again")

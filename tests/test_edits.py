@@ -4,7 +4,7 @@ import transformers
 from conftest import tiny_model
 from transformers import DynamicCache
 
-from dlpkit import archs, edits
+from dlpkit import archs, edits, surgery
 from dlpkit.edits import Drop, Merge
 
 LISTS = {
@@ -37,12 +37,12 @@ def state(model):
 def test_a_trial_leaves_no_trace(kind, name, tokens):
     model = editable(kind)
     before, expected = state(model), model(tokens).logits
-    with edits.trial(model, LISTS[name]):
+    with surgery.trial(model, LISTS[name]):
         during = model(tokens).logits
     assert not torch.equal(during, expected)
     assert state(model) == before
     assert torch.equal(model(tokens).logits, expected)
-    edits.apply(model, LISTS[name])
+    surgery.apply(model, LISTS[name])
     assert torch.equal(model(tokens).logits, during)
 
 
@@ -51,7 +51,7 @@ def test_a_trial_leaves_no_trace(kind, name, tokens):
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_cached_decoding_equals_uncached(kind, name, cache, tokens):
     model = editable(kind)
-    edits.apply(model, LISTS[name])
+    surgery.apply(model, LISTS[name])
     prompt = tokens[:2, :20]
     how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256, "eos_token_id": None, "attention_mask": torch.ones_like(prompt)}  # fmt: skip
     expected = model.generate(prompt, use_cache=False, **how)
@@ -63,7 +63,7 @@ def test_cached_decoding_equals_uncached(kind, name, cache, tokens):
 @pytest.mark.parametrize("kind", archs.names())
 def test_layers_without_attention_hold_no_cache(kind, tokens):
     model = editable(kind)
-    edits.apply(model, [Drop(0, "attn"), Drop(2, "attn"), Drop(1, "layer")])
+    surgery.apply(model, [Drop(0, "attn"), Drop(2, "attn"), Drop(1, "layer")])
     cache = DynamicCache(config=model.config)
     model(tokens, past_key_values=cache, use_cache=True)
     held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None and layer.keys.numel()]
@@ -85,16 +85,16 @@ def test_a_dropped_half_adds_nothing(kind, part, tokens):
     expected = model(tokens).logits
     for name, parameter in last.named_parameters():
         parameter.data.copy_(kept[name])
-    with edits.trial(model, [Drop(1, part)]):
+    with surgery.trial(model, [Drop(1, part)]):
         torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-6)
 
 
 def test_post_norm_goes_with_its_half(tokens):
     """OPT-350m normalises behind each half: dropping both halves must be dropping the layer."""
     model = tiny_model("opt", do_layer_norm_before=False)
-    with edits.trial(model, [Drop(1, "attn"), Drop(1, "mlp")]):
+    with surgery.trial(model, [Drop(1, "attn"), Drop(1, "mlp")]):
         both = model(tokens).logits
-    with edits.trial(model, [Drop(1, "layer")]):
+    with surgery.trial(model, [Drop(1, "layer")]):
         assert torch.equal(model(tokens).logits, both)
         assert model.config.num_hidden_layers == 2
 
@@ -108,7 +108,7 @@ def test_merge_rules(rule):
         for block in archs.blocks(model, arch)
     ]
     norms = [block.input_layernorm for block in archs.blocks(model, arch)]
-    edits.apply(model, [Merge(0, 2, rule)])
+    surgery.apply(model, [Merge(0, 2, rule)])
     (block,) = archs.blocks(model, arch)
     assert block.input_layernorm is norms[0]
     for name, linear in archs.linears(block, arch).items():
@@ -122,7 +122,7 @@ def test_merge_rules(rule):
 def test_kinds_of_attention_travel_with_their_layers(kind, tokens):
     model = editable(kind)
     types = list(model.config.layer_types)
-    edits.apply(model, [Drop(0, "layer"), Drop(3, "attn")])
+    surgery.apply(model, [Drop(0, "layer"), Drop(3, "attn")])
     assert model.config.layer_types == types[1:]
     assert type(model.config)(**model.config.to_dict()).layer_types == types[1:]
 
@@ -130,7 +130,7 @@ def test_kinds_of_attention_travel_with_their_layers(kind, tokens):
 def test_a_merge_moves_weights_and_copies_none():
     model = tiny_model()
     before = {parameter.data_ptr() for parameter in model.parameters()}
-    edits.apply(model, [Merge(0, 2, "replace")])
+    surgery.apply(model, [Merge(0, 2, "replace")])
     assert {parameter.data_ptr() for parameter in model.parameters()} <= before
 
 
@@ -139,8 +139,8 @@ def test_edits_survive_json_and_are_read_off_the_model(kind):
     model = editable(kind)
     wanted = [Drop(1, "mlp"), Drop(0, "attn"), Drop(3, "layer"), Drop(4, "mlp")]
     assert [edits.from_dict(edits.to_dict(edit)) for edit in wanted] == wanted
-    edits.apply(model, wanted)
-    assert edits.residue(model) == [Drop(0, "attn"), Drop(1, "mlp"), Drop(3, "mlp")]
+    surgery.apply(model, wanted)
+    assert surgery.residue(model) == [Drop(0, "attn"), Drop(1, "mlp"), Drop(3, "mlp")]
 
 
 @pytest.mark.parametrize("edit", [Drop(3, "layer"), Merge(1, 4, "average")])
@@ -185,22 +185,22 @@ def test_edits_that_do_not_fit_change_nothing(wanted, message):
     model = editable("llama")
     before = state(model)
     with pytest.raises(ValueError, match=message):
-        edits.apply(model, wanted)
+        surgery.apply(model, wanted)
     assert state(model) == before
 
 
 def test_what_is_gone_cannot_go_again():
     model = editable("llama")
-    edits.apply(model, [Drop(1, "attn")])
+    surgery.apply(model, [Drop(1, "attn")])
     with pytest.raises(ValueError, match="has no attn in layer 1"):
-        edits.apply(model, [Drop(1, "attn")])
+        surgery.apply(model, [Drop(1, "attn")])
     with pytest.raises(ValueError, match="has no attn in layer 1"):
-        edits.apply(model, [Merge(0, 1)])
-    edits.apply(model, [Drop(1, "layer")])
+        surgery.apply(model, [Merge(0, 1)])
+    surgery.apply(model, [Drop(1, "layer")])
     assert model.config.num_hidden_layers == 4
 
 
 def test_one_attention_of_each_kind_stays():
     with pytest.raises(ValueError, match="keep one of each kind"):
-        edits.apply(editable("gemma2"), [Drop(1, "attn"), Drop(3, "attn")])
-    edits.apply(editable("gemma2"), [Drop(1, "layer"), Drop(3, "layer")])  # no such layer, no such need
+        surgery.apply(editable("gemma2"), [Drop(1, "attn"), Drop(3, "attn")])
+    surgery.apply(editable("gemma2"), [Drop(1, "layer"), Drop(3, "layer")])  # no such layer, no such need

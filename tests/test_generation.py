@@ -5,7 +5,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import GenerationConfig
 
 import dlpkit
-from dlpkit import archs, edits, static_cache
+from dlpkit import archs, edits, static_cache, surgery
 from dlpkit.generation import Decoder, Sampling, generate, largest
 from dlpkit.kernels import formats
 
@@ -83,7 +83,7 @@ def test_compiling_changes_nothing_and_happens_once_for_all_blocks_of_a_kind(kin
 def test_models_without_some_layers_and_halves(kind, tokens, monkeypatch):
     changes = {"layer_types": ["sliding_attention", "full_attention"] * 3} if kind in ("gemma2", "gemma3_text") else {}
     model, ids = tiny_model(kind, num_hidden_layers=6, **changes), tokens[:2, :9]
-    edits.apply(model, [edits.Drop(0, "attn"), edits.Drop(2, "mlp"), edits.Drop(3, "layer")])
+    surgery.apply(model, [edits.Drop(0, "attn"), edits.Drop(2, "mlp"), edits.Drop(3, "layer")])
     expected = generate(model, ids, tokens=NEW)
     assert torch.equal(expected, reference(model, ids))
     drawn, *_ = compiled_without_inductor(model, ids, monkeypatch)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "progress", "parallel", "folders", "journal", "patterns", "archs", "units", "absent", "edits", "models", "data", "offload", "calibration",
+    "progress", "parallel", "folders", "journal", "patterns", "archs", "units", "absent", "edits", "surgery", "models", "data", "offload", "calibration",
     "gradients", "trunk", "structure", "cka", "evaluate", "criteria", "allocation", "pruning", "recipe", "sparse", "packing", "static_cache", "generation", "checkpoint", "adapters", "recovery",
     "report", "cutting", "pipeline", "inspection", "bench", "console",
     "cli", "__main__", "__init__",

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dlpkit
-from dlpkit import archs, edits, structure
+from dlpkit import archs, edits, structure, surgery
 from dlpkit.edits import Drop, Merge
 from dlpkit.evaluate import perplexity
 from dlpkit.journal import Journal
@@ -29,7 +29,7 @@ def model_of(kind="llama", layers=8):
 
 
 def loss_with(model, chosen):
-    with edits.trial(model, chosen):
+    with surgery.trial(model, chosen):
         return perplexity(model, WINDOWS).loss
 
 
@@ -258,7 +258,7 @@ def released_walk(model, threshold, rule):
     low = high - 1
     while low >= 0:
         trial = copy.deepcopy(model)
-        edits.apply(trial, [*windows, *([Merge(low, high, rule)] if low < high else [])])
+        surgery.apply(trial, [*windows, *([Merge(low, high, rule)] if low < high else [])])
         if cosine_similarity(original, last(trial)).mean().item() > threshold:
             low -= 1
         elif low + 1 != high:
@@ -283,7 +283,7 @@ def test_sliding_merge_commits_the_window_that_reaches_the_bottom():
 
 def test_sliding_merge_leaves_out_layers_that_lack_a_half():
     model = model_of()
-    edits.apply(model, [Drop(3, "attn")])
+    surgery.apply(model, [Drop(3, "attn")])
     assert sliding_merge.plan(model, BATCHES, None, threshold=-1.0).edits == [Merge(4, 6), Merge(0, 2)]
 
 

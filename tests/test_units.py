@@ -8,7 +8,7 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dlpkit
-from dlpkit import archs, checkpoint, edits, units
+from dlpkit import archs, checkpoint, edits, surgery, units
 from dlpkit.edits import Drop, Merge, Slice
 
 MHA = ("gpt_neox", "opt")  # four heads, each with its own key and value; the others have two groups of two heads
@@ -34,7 +34,7 @@ def test_a_sliced_model_computes_what_is_left(kind, slices, tokens):
     expected = emptied(tiny_model(kind), slices)(tokens).logits
     model = tiny_model(kind)
     dense = model(tokens).logits
-    edits.apply(model, slices)
+    surgery.apply(model, slices)
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)  # float32, sums in another order
     assert not torch.allclose(dense, expected, atol=1e-2)
 
@@ -43,7 +43,7 @@ def test_a_sliced_model_computes_what_is_left(kind, slices, tokens):
 def test_a_trial_of_slices_leaves_no_trace(kind, tokens):
     model = tiny_model(kind)
     expected, before = model(tokens).logits, model.config.to_dict()
-    with edits.trial(model, UNEVEN):
+    with surgery.trial(model, UNEVEN):
         assert not torch.equal(model(tokens).logits, expected)
     assert torch.equal(model(tokens).logits, expected)
     assert model.config.to_dict() == before
@@ -53,7 +53,7 @@ def test_a_trial_of_slices_leaves_no_trace(kind, tokens):
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_cached_decoding_equals_uncached(kind, cache, tokens):
     model = tiny_model(kind)
-    edits.apply(model, UNEVEN)
+    surgery.apply(model, UNEVEN)
     prompt = tokens[:2, :20]
     how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 256, "eos_token_id": None, "attention_mask": torch.ones_like(prompt)}  # fmt: skip
     expected = model.generate(prompt, use_cache=False, **how)
@@ -69,8 +69,8 @@ def test_sizes_of_their_own_come_back_bit_for_bit(kind, packed, tokens, tmp_path
     dlpkit.save(model, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert torch.equal(again(tokens).logits, model(tokens).logits)
-    assert edits.residue(again) == edits.residue(model)
-    assert Slice(1, "mlp", 49) in edits.residue(again)
+    assert surgery.residue(again) == surgery.residue(model)
+    assert Slice(1, "mlp", 49) in surgery.residue(again)
     again.save_pretrained(tmp_path / "again")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -79,7 +79,7 @@ def test_sizes_of_their_own_come_back_bit_for_bit(kind, packed, tokens, tmp_path
 @every_kind
 def test_one_width_for_all_is_an_ordinary_checkpoint(kind, tokens, tmp_path):
     model = checkpoint.edit(tiny_model(kind), EVEN)
-    assert edits.residue(model) == []
+    assert surgery.residue(model) == []
     dlpkit.save(model, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, model(tokens).logits)
@@ -104,9 +104,9 @@ def test_one_number_of_heads_for_all_is_told_where_transformers_takes_it(kind, t
     """GPT-NeoX and OPT compute the size of a head from the number of heads, so they cannot be told."""
     model = checkpoint.edit(tiny_model(kind), [Slice(layer, "attn", (1,)) for layer in range(3)])
     if kind in MHA:
-        assert edits.residue(model) == [Slice(layer, "attn", 1) for layer in range(3)]
+        assert surgery.residue(model) == [Slice(layer, "attn", 1) for layer in range(3)]
     else:
-        assert edits.residue(model) == []
+        assert surgery.residue(model) == []
         assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)
     dlpkit.save(model, tmp_path / "out")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits, model(tokens).logits)
@@ -128,7 +128,7 @@ def test_the_published_counts_of_llm_pruner():
         model = AutoModelForCausalLM.from_config(LlamaConfig())
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
     slices = [Slice(layer, part, n) for layer in range(4, 30) for part, n in (("attn", 24), ("mlp", 8256))]
-    edits.apply(model, slices)
+    surgery.apply(model, slices)
     assert sum(p.numel() for p in model.parameters()) == 5_422_977_024
 
 
@@ -141,7 +141,7 @@ def test_parameters_of_a_unit_are_what_slicing_removes(kind, part):
     held, each = units.count(block, arch, part), units.parameters(block, arch, part)
     assert held == (96 if part == "mlp" else 4 if kind in MHA else 2)
     before = sum(p.numel() for p in model.parameters())
-    edits.apply(model, [Slice(1, part, held - 1)])
+    surgery.apply(model, [Slice(1, part, held - 1)])
     assert before - sum(p.numel() for p in model.parameters()) == each
 
 
@@ -159,18 +159,18 @@ def test_slices_that_do_not_fit_are_refused(wrong, message):
     model = tiny_model()
     before = {name: p.shape for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=message):
-        edits.apply(model, wrong)
+        surgery.apply(model, wrong)
     assert {name: p.shape for name, p in model.named_parameters()} == before
 
 
 def test_packed_weights_are_not_sliced_and_unlike_layers_not_merged():
     with pytest.raises(ValueError, match="wants dense weights: unpack the model first"):
-        edits.apply(checkpoint.pack(tiny_model(), "sell"), [Slice(0, "mlp", 8)])
+        surgery.apply(checkpoint.pack(tiny_model(), "sell"), [Slice(0, "mlp", 8)])
     model = tiny_model()
-    edits.apply(model, [Slice(1, "mlp", 8)])
+    surgery.apply(model, [Slice(1, "mlp", 8)])
     for rule in edits.RULES:
         with pytest.raises(ValueError, match="whose layers 0 to 1 differ in size"):
-            edits.apply(model, [Merge(0, 1, rule)])
+            surgery.apply(model, [Merge(0, 1, rule)])
 
 
 @pytest.mark.parametrize("keep", [(), 0, (2, 1), (1, 1), (-1,), True])

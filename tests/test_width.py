@@ -6,7 +6,7 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dlpkit
-from dlpkit import archs, edits
+from dlpkit import archs, edits, surgery
 from dlpkit.edits import Slice
 from dlpkit.gradients import Terms, terms
 from dlpkit.structure import _width, flap, llm_pruner, magnitude_sp, saap, wanda_sp
@@ -31,7 +31,7 @@ def test_the_published_counts_of_llm_pruner():
     assert sorted({layer for layer, _ in held}) == list(range(4, 30))
     plan = _width.choose(model, _width.shares(scores_of(held)), 1 - 5_422_977_024 / 6_738_415_616, held)
     assert {(edit.part, len(edit.units)) for edit in plan.edits} == {("attn", 24), ("mlp", 8256)}
-    edits.apply(model, plan.edits)
+    surgery.apply(model, plan.edits)
     assert sum(p.numel() for p in model.parameters()) == 5_422_977_024
 
 
@@ -203,6 +203,6 @@ def test_width_after_depth(tokens):
     assert (2, "attn") not in {(edit.layer, edit.part) for edit in plan.edits}
     dlpkit.edit(model, plan.edits)
     assert len(archs.blocks(model, archs.of(model))) == 7
-    assert {edits.Drop(2, "attn")} < set(edits.residue(model))
+    assert {edits.Drop(2, "attn")} < set(surgery.residue(model))
     dlpkit.prune(model, torch.cat(BATCHES), "wanda", 0.5, "dlp", device="cpu")
     assert torch.isfinite(model(tokens).logits).all()

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from dlpkit import archs, edits
+from dlpkit import archs, edits, surgery
 from dlpkit.edits import Drop, Edit, Slice
 from dlpkit.kernels import registry
 from dlpkit.trunk import Work
@@ -118,7 +118,7 @@ class Budget:
     """What a model consists of before any edit, and so what edits cost it."""
 
     def __init__(self, model: nn.Module):
-        self.sizes, self.types = edits.parameters(model, archs.of(model)), edits.cache_types(model)
+        self.sizes, self.types = surgery.parameters(model, archs.of(model)), surgery.cache_types(model)
         self.total = sum(parameter.numel() for parameter in model.parameters())
 
     def share(self, chosen: list[Edit]) -> float:
@@ -129,7 +129,7 @@ class Budget:
     def fits(self, chosen: list[Edit]) -> bool:
         """Whether those edits can be made together."""
         try:
-            edits.check(set(self.sizes), self.types, chosen)
+            surgery.check(set(self.sizes), self.types, chosen)
         except ValueError:
             return False
         return True

@@ -11,9 +11,10 @@ from torch import nn
 
 from dlpkit import archs, units
 from dlpkit.calibration import Stats, Stream
-from dlpkit.edits import Half, Slice, present
+from dlpkit.edits import Half, Slice
 from dlpkit.progress import Progress
 from dlpkit.structure import Plan, Target, check_target
+from dlpkit.surgery import present
 
 TIE = 1e-9  # what a place among the units of all halves counts beside one in its own: less than between two of a million channels
 MULTIPLE = 8  # MLPs keep a multiple of so many channels, which kernels want

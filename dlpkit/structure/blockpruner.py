@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dlpkit import archs, edits
+from dlpkit import archs, surgery
 from dlpkit.edits import Drop
 from dlpkit.journal import Journal
 from dlpkit.progress import Progress, silent
@@ -20,7 +20,7 @@ def plan(
     """mode: "mix", or "attn" or "mlp" alone. lazy, early: ask fewer candidates, or ask them less (structure/_greedy.py). An integer target counts halves of layers."""
     if mode not in MODES:
         raise ValueError(f"blockpruner's mode is {', '.join(MODES)}, got {mode!r}")
-    there = sorted(edits.present(model, archs.of(model)))
+    there = sorted(surgery.present(model, archs.of(model)))
     return greedy(
         model,
         batches,
