@@ -159,7 +159,7 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     counts = torch.empty(2, blocks, dtype=torch.int32, device=weight.device)
     with torch.cuda.device_of(weight):
         _steps_kernel[(-(-N // 128) * B,)](weight, counts[0], counts[1], N, K, B, blocks, RUNS=RUNS, num_warps=4)
-        counts[1] += -counts[1] % 4
+        counts[1] += -counts[1] % 4  # extras come in fours
         starts, extra_starts = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).to(torch.int32)
         steps, more = counts.sum(1).tolist()
         values = torch.zeros((steps + AHEAD) * 1024, dtype=weight.dtype, device=weight.device)
