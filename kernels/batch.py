@@ -24,12 +24,11 @@ from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.scatter import (
     COLUMNS,
     barrier,
-    clear,
     load_table,
     of_lane,
-    put_extras,
     put_rest,
     read_extras,
+    reset,
     start,
     walk,
     walker,
@@ -101,11 +100,9 @@ def _scatter(
         extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
         for i in range(0, count):
             mbarrier.wait(empty, phase)
-            clear(me, 8)
-            barrier()
-            put_extras(extras, me)
+            reset(extras, me, 8)
             stream, ring = walk(stream, ring, after[0] - before[0], me)
-            extra, more = _extras(before, after, above)
+            extra, more = _extras(before, after, above)  # again, so that they hold no registers through the walk
             most = gl.maximum(after[1] - before[1], after[2] - before[2])
             put_rest(extras_ptr, places_ptr, extra, more, most, lane, me)
             behind = gl.minimum(i + 2, count)

@@ -151,18 +151,19 @@ def read_extras(extras_ptr, places_ptr, extra, more, lane):
 
 
 @gluon.jit
-def clear(me, NUM_WARPS: gl.constexpr):
-    """Zeros to the tile, all threads together."""
-    PTX: gl.constexpr = ZERO4 if NUM_WARPS == 4 else ZERO8
-    gl.inline_asm_elementwise(PTX, "=r,r", [me[5]], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def put_extras(extras, me):
-    """Store what `read_extras` read."""
+def _put(extras, me):
     gl.inline_asm_elementwise(
         PUT, "=r,r,r,r,r,r", [extras[0], extras[1], extras[2], extras[3], me[6]], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def reset(extras, me, NUM_WARPS: gl.constexpr):
+    """Clear the tile, all threads together, and store what `read_extras` read of the next block."""
+    PTX: gl.constexpr = ZERO4 if NUM_WARPS == 4 else ZERO8
+    gl.inline_asm_elementwise(PTX, "=r,r", [me[5]], dtype=gl.int32, is_pure=False, pack=1)
+    barrier()
+    _put(extras, me)
 
 
 @gluon.jit
@@ -170,7 +171,7 @@ def put_rest(extras_ptr, places_ptr, extra, more, most, lane, me):
     """Read and store a block's extras past the first MORE. most: those of the half that has more."""
     # opaque: Triton 3.6 and 3.7 drop what a loop carries if it is only the end of another loop
     for done in range(MORE, opaque(most), MORE):
-        put_extras(read_extras(extras_ptr, places_ptr, extra + done, more - done, lane), me)
+        _put(read_extras(extras_ptr, places_ptr, extra + done, more - done, lane), me)
 
 
 @gluon.jit
@@ -191,11 +192,17 @@ def _pin():
 
 
 @gluon.jit
-def _read_four(stream):
+def _four(c, ring, stream, me):
+    """Store the four steps of a ring, and read the four that follow. Once four are there the next four are asked for: a multiprocessor
+    cannot wait for the older of two loads alone.
+    """
+    c = _step(c, ring[0], me)
     _pin()
-    four = _read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3)
+    more = _read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3)
     _pin()
-    return four
+    c = _step(c, ring[1], me)
+    c = _step(c, ring[2], me)
+    return _step(c, ring[3], me), more, _past(stream, 4)
 
 
 @gluon.jit
@@ -204,22 +211,11 @@ def walk(stream, ring, steps, me):
     c = me[0]
     for _ in range(0, steps // 8):
         for _ in gl.static_range(2):  # between two sets of registers
-            # once four are there the next four are asked for: a multiprocessor cannot wait for the older of two loads alone
-            c = _step(c, ring[0], me)
-            more = _read_four(stream)
-            c = _step(c, ring[1], me)
-            c = _step(c, ring[2], me)
-            c = _step(c, ring[3], me)
-            ring = more
-            stream = _past(stream, 4)
+            c, ring, stream = _four(c, ring, stream, me)
     left = steps % 8
     if left > 4:
-        c = _step(c, ring[0], me)
-        more = _read_four(stream)
-        c = _step(c, ring[1], me)
-        c = _step(c, ring[2], me)
-        c = _step(c, ring[3], me)
-        ring, stream = _end(c, more, _past(stream, 4), left - 4, me)
+        c, more, stream = _four(c, ring, stream, me)
+        ring, stream = _end(c, more, stream, left - 4, me)
     elif left == 4:
         c = _step(c, ring[0], me)
         r0 = _read(stream, 0)

@@ -12,13 +12,12 @@ from dlpkit.kernels.product import DTYPES
 from dlpkit.kernels.scatter import (
     COLUMNS,
     barrier,
-    clear,
     load_table,
     of_lane,
     opaque,
-    put_extras,
     put_rest,
     read_extras,
+    reset,
     start,
     walk,
     walker,
@@ -48,9 +47,7 @@ def _spread_kernel(
     more = of_lane(extra_starts, 1) - extra
     extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
     for i in range(0, count):
-        clear(me, 4)
-        barrier()
-        put_extras(extras, me)
+        reset(extras, me, 4)
         stream, ring = walk(stream, ring, of_lane(starts, i + 1) - of_lane(starts, i), me)
         put_rest(extras_ptr, places_ptr, extra, more, more, lane, me)
         barrier()

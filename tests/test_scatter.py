@@ -42,7 +42,8 @@ def check_tiles_come_first(asm, size, known=()):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "M", "split"), [(gl.bfloat16, 16, True), (gl.float16, 64, False), (gl.float16, 128, True)]
+    ("dtype", "M", "split"),
+    [(gl.bfloat16, 16, True), (gl.float16, 32, False), (gl.bfloat16, 64, True), (gl.float16, 128, False)],
 )
 def test_batch_compiles(dtype, M, split):
     options = {"STAGES": batch.STAGES[M], "CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS[M], "EARLY": True}
@@ -51,8 +52,8 @@ def test_batch_compiles(dtype, M, split):
     assert "setmaxnreg" in asm["ptx"]
     assert "griddepcontrol.wait" in asm["ptx"]
     check_tiles_come_first(asm, 2**17)
-    # the most extras of two blocks, for both groups
-    assert len(re.findall(r"max\.s32", asm["ptx"])) >= 2
+    # the most extras of two blocks, for both groups, beside four others: Triton has not dropped what ends the loop over them
+    assert len(re.findall(r"max\.s32", asm["ptx"])) >= 6
 
 
 @pytest.mark.parametrize(
