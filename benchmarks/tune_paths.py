@@ -50,7 +50,7 @@ def main() -> None:
     ]  # fmt: skip
     if args.warm:
         for layer in layers:
-            warm(*layer)
+            warm(*layer, args.kernels)
         return
     wrong = []
     if not args.table:
@@ -68,14 +68,14 @@ def main() -> None:
         raise SystemExit(f"products that are wrong, and left out: {wrong}")
 
 
-def measure(shape: tuple[int, int], format: str, pattern: str, kernels: list[str] | None) -> Iterator[dict]:
-    """Rows of these kernels of a format, by default all, on one layer."""
+def measure(shape: tuple[int, int], format: str, pattern: str, kernels: list[str]) -> Iterator[dict]:
+    """Rows of those kernels of a format, on one layer."""
     N, K = shape
     weight = sparse(shape, pattern)
     packed = formats.get(format).pack(weight)
     ring = copies(packed, ring_length(packed.nbytes))
     for kernel, rows in KERNELS[format].items():
-        for M in rows if not kernels or kernel in kernels else []:
+        for M in rows if kernel in kernels else []:
             xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]
             with pinned(kernel):
                 error = relative_error(packed.matmul(xs[0]), (xs[0].float() @ weight.float().t()).double())
@@ -89,10 +89,10 @@ def measure(shape: tuple[int, int], format: str, pattern: str, kernels: list[str
             }  # fmt: skip
 
 
-def warm(shape: tuple[int, int], format: str, pattern: str) -> None:
+def warm(shape: tuple[int, int], format: str, pattern: str, kernels: list[str]) -> None:
     packed = formats.get(format).pack(sparse(shape, pattern))
     for kernel, rows in KERNELS[format].items():
-        for M in rows if kernel != "expand" else rows[:1]:
+        for M in (rows if kernel != "expand" else rows[:1]) if kernel in kernels else []:
             with pinned(kernel):
                 packed.matmul(torch.zeros(M, shape[1], device="cuda", dtype=torch.bfloat16))
     torch.cuda.synchronize()
@@ -151,11 +151,12 @@ def table(rows: list[dict]) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kernels = sorted({kernel for rows in KERNELS.values() for kernel in rows})
     parser.add_argument("--rows", type=Path, help="JSON-lines file to append to, and to write the table from")
     parser.add_argument("--formats", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split("x"))), default=SHAPES)
     parser.add_argument("--patterns", nargs="+")
-    parser.add_argument("--kernels", nargs="+")
+    parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels)
     parser.add_argument("--warm", action="store_true", help="only compile")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--commit", help="what to record where there is no git checkout")
