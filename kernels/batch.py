@@ -92,29 +92,29 @@ def _scatter(
         count = count - half_count if GROUP else half_count
         upper = tile * 2 * B + begin
         lower = gl.minimum(tile * 2 + 1, atoms - 1) * B + begin  # without lower rows the upper ones again: never stored
-        run = starts_ptr + gl.where(above, upper, lower)
-        stream, ring = start(values_ptr, gaps_ptr, gl.load(run), lane)
         tables = _tables(starts_ptr, extra_starts_ptr, upper, lower, count)
+        below = load_table(starts_ptr + lower, 0)
         before, after = _edges(tables, 0), _edges(tables, gl.minimum(1, count))
+        stream, ring = start(values_ptr, gaps_ptr, gl.where(above, before[0], of_lane(below, 0)), lane)
         extra, more = _extras(before, after, above)
         extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
         for i in range(0, count):
             mbarrier.wait(empty, phase)
-            reset(extras, me, 8)
+            most = gl.maximum(after[1] - before[1], after[2] - before[2])
+            reset(extras, most, me, 8)
             stream, ring = walk(stream, ring, after[0] - before[0], me)
             extra, more = _extras(before, after, above)  # again, so that they hold no registers through the walk
-            most = gl.maximum(after[1] - before[1], after[2] - before[2])
             put_rest(extras_ptr, places_ptr, extra, more, most, lane, me)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(full)
+            phase ^= 1
             behind = gl.minimum(i + 2, count)
             if (behind % 32 == 0) & (i + 2 == behind):
                 tables = _tables(starts_ptr, extra_starts_ptr, upper + behind, lower + behind, count - behind)
             before, after = after, _edges(tables, behind % 32)
             extra, more = _extras(before, after, above)
             extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(full)
-            phase ^= 1
 
 
 @gluon.jit
@@ -129,6 +129,7 @@ def _multiply(
     m = gl.arange(0, M, gl.SliceLayout(1, COPY))
     k = gl.arange(0, 64, gl.SliceLayout(0, COPY))
     tile, b, group, begins, ends = _turn(first_unit, first_unit, last, B)
+    grid("launch_dependents", EARLY)  # at once: what starts early finds only the multiprocessors that are idle
     grid("wait", EARLY)
     for i in gl.static_range(AHEAD):
         fetch(xs.index(i), x_ptr, m, k, b * COLUMNS + 64 * i, x_rows, octets, stride_x)
@@ -137,11 +138,12 @@ def _multiply(
     turns = 0, 0  # that each group has had
     for unit in range(first_unit, last):
         after = _turn(unit + 1, first_unit, last, B)
-        mbarrier.wait(full.index(group), gl.where(group == 0, turns[0], turns[1]) % 2)
         for i in gl.static_range(0, 4, CHUNKS):
             async_copy.wait_group(AHEAD - CHUNKS)
             fence_async_shared()
             barrier()
+            if i == 0:  # x is there first: what stands between `full` and `empty` keeps a group waiting
+                mbarrier.wait(full.index(group), gl.where(group == 0, turns[0], turns[1]) % 2)
             for c in gl.static_range(i, i + CHUNKS):
                 acc = warpgroup_mma(
                     w.index(group).slice(64 * c, 64, 0).permute((1, 0)), xs.index((chunk + c) % STAGES).permute((1, 0)), acc,
@@ -160,8 +162,6 @@ def _multiply(
         acc = warpgroup_mma_wait(0, deps=[acc])
         barrier()
         mbarrier.arrive(empty.index(group))
-        if unit == last - 1:
-            grid("launch_dependents", EARLY)
         if ends:
             if SPLIT:
                 join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS)

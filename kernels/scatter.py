@@ -158,12 +158,13 @@ def _put(extras, me):
 
 
 @gluon.jit
-def reset(extras, me, NUM_WARPS: gl.constexpr):
-    """Clear the tile, all threads together, and store what `read_extras` read of the next block."""
+def reset(extras, most, me, NUM_WARPS: gl.constexpr):
+    """Clear the tile, all threads together, and store what `read_extras` read of the next block. most: extras of the half that has more."""
     PTX: gl.constexpr = ZERO4 if NUM_WARPS == 4 else ZERO8
     gl.inline_asm_elementwise(PTX, "=r,r", [me[5]], dtype=gl.int32, is_pure=False, pack=1)
     barrier()
-    _put(extras, me)
+    if most > 0:  # else ptxas computes the addresses, and so waits for memory, before the tile is cleared
+        _put(extras, me)
 
 
 @gluon.jit

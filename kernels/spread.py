@@ -47,7 +47,7 @@ def _spread_kernel(
     more = of_lane(extra_starts, 1) - extra
     extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
     for i in range(0, count):
-        reset(extras, me, 4)
+        reset(extras, more, me, 4)
         stream, ring = walk(stream, ring, of_lane(starts, i + 1) - of_lane(starts, i), me)
         put_rest(extras_ptr, places_ptr, extra, more, more, lane, me)
         barrier()
