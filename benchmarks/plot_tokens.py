@@ -10,8 +10,8 @@ from rows import load
 
 
 def token_rows(path: Path) -> dict[tuple, dict]:
-    """Rows by (model, prompt, batch, pattern), dense first; of several the last one counts."""
-    found = {(r["model"], r["prompt"], r["batch"], r["pattern"]): r for r in load(path)}
+    """Rows by (model or name of its folder, prompt, batch, pattern), dense first; of several the last one counts."""
+    found = {(Path(r["model"]).name, r["prompt"], r["batch"], r["pattern"]): r for r in load(path)}
     return {key: found[key] for key in sorted(found, key=lambda key: (*key[:3], key[3] != "dense", key[3]))}
 
 

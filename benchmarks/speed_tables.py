@@ -139,7 +139,11 @@ def tokens() -> str:
         cells = [found.get((model, prompt, batch, pattern)) for pattern in patterns]
         packed = [f"{r['tokens_per_s']:.0f} **{r['speedup']:.2f}**" if r else "" for r in cells]
         lines.append((model, prompt, batch, f"{dense['tokens_per_s']:.0f}, {dense['roof_pct']:.0f} %", *packed))
-    return f"{table(lines, ('shapes', 'prompt', 'batch', 'dense', *patterns))}\n\n{_measured_on(found)}"
+    equal = [
+        f"Of {r['new']} greedy tokens of {model}, {r['equal_tokens']} equal the dense twin's before the first that differs."
+        for (model, *_, pattern), r in found.items() if pattern.startswith("packed")
+    ]  # fmt: skip
+    return "\n\n".join((table(lines, ("model", "prompt", "batch", "dense", *patterns)), *equal, _measured_on(found)))
 
 
 def first_token() -> str:
