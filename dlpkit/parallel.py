@@ -3,6 +3,7 @@
 Every process holds the whole model and takes the same decisions, because all see the same sums; the first one writes.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,11 +13,18 @@ import torch.distributed as dist
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, for as long as the body runs -> this process's device of that kind."""
+    """Join the processes that torchrun started, for as long as the body runs -> this process's device of that kind. Raises ValueError when
+    there are not enough for all.
+    """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield device
         return
     if device.type == "cuda":
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > there:
+            raise ValueError(
+                f"torchrun started {wanted} processes on a machine with {there} GPU{'s' * (there != 1)}: start as many, or use --device cpu"
+            )
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from dlpkit import cli
@@ -97,7 +98,7 @@ def test_pack_eval_generate_inspect(run, packed, tmp_path):
     assert results[0]["perplexity"] == results[1]["perplexity"]
     once = run("generate", packed, "Once", "--tokens", 3, "--temperature", 2, "--top-k", 5, "--top-p", 0.9, "--seed", 1)
     assert once.out.startswith("Once")
-    assert "decoded eager: CUDA graphs want" in once.err
+    assert ("decoded eager: CUDA graphs want" in once.err) == (not torch.cuda.is_available())
     assert run("generate", packed, "Once", "upon a time", "--tokens", 3).out.count("\n\n") == 1
     assert (
         run("generate", packed, "Once", "--tokens", 3, "--dense-prefill").out

@@ -51,7 +51,7 @@ def test_nothing_is_left_behind(tokens):
 def test_16_bit_models_rank_alike(dtype, tokens):
     """Gradients are accumulated in float32, and float16's are scaled out of its smallest numbers."""
     expected = gradients.terms(tiny_model(), [tokens])[1, "mlp"].total("element")
-    found = gradients.terms(tiny_model(dtype=dtype), [tokens])[1, "mlp"].total("element")
+    found = gradients.terms(tiny_model().to(dtype), [tokens])[1, "mlp"].total("element")
     assert torch.corrcoef(torch.stack([expected, found]))[0, 1] > 0.99
 
 

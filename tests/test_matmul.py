@@ -40,12 +40,12 @@ def relative_error(got, want):
     return float((got.double() - want).norm() / want.norm())
 
 
-def check(packed, weight, M, bias=True):
+def check(packed, weight, M, bias=True, roundings=1):
     torch.manual_seed(0)
     x = torch.randn(M, weight.shape[1], dtype=weight.dtype, device=DEVICE)
     b = torch.randn(weight.shape[0], dtype=weight.dtype, device=DEVICE) if bias else None
     want = x.double() @ weight.double().t() + (b.double() if bias else 0)
-    assert relative_error(packed.matmul(x, b), want) < TOLERANCE[weight.dtype]
+    assert relative_error(packed.matmul(x, b), want) < TOLERANCE[weight.dtype] * roundings**0.5
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -60,7 +60,7 @@ def test_matmul(pattern, dtype):
 def test_rows_of_x(pattern, M, expands, pinned):
     pinned("expand" if expands else "pick" if ":" in pattern else "walk")
     weight = sparse(33, 100, pattern)
-    check(pack(weight, pattern), weight, M)
+    check(pack(weight, pattern), weight, M, roundings=2 if expands else 1)  # cuBLAS may round before it adds the bias
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
