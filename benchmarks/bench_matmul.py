@@ -59,10 +59,7 @@ def relative_error(got, want) -> float:
 @pytest.mark.parametrize("M", ROWS)
 @pytest.mark.parametrize(("pattern", "mask"), MASKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-def bench_matmul(shape, pattern, mask, M, timed, request):
-    masks = request.config.getoption("--masks") if mask == "wanda" else None
-    if mask == "wanda" and not masks:
-        pytest.skip("--masks says whose: see masks.py")
+def bench_matmul(shape, pattern, mask, M, masks, timed):
     weight, ring = layer(shape, pattern, masks)
     N, K = shape
     xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]

@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="a benchmark wants a GPU"))
 
 
+@pytest.fixture
+def masks(mask, request) -> str | None:
+    """The file that a bench takes its `mask` from, none if it is random."""
+    if mask == "random":
+        return None
+    return request.config.getoption("--masks") or pytest.skip("--masks says whose: see masks.py")
+
+
 @pytest.fixture(scope="session")
 def roof() -> float:
     return timing.copy_roof()

@@ -10,13 +10,14 @@ from rows import load
 
 
 def batch_rows(*paths: Path) -> dict[tuple, dict]:
-    """Rows by (N, K, format, pattern, M). Of the kernels that tune_paths.py timed one by one, or cuSPARSELt's algorithms, the fastest; of
+    """Rows by (N, K, format, pattern and whose mask, M). Of the kernels that tune_paths.py timed one by one, or cuSPARSELt's algorithms, the fastest; of
     bench_batch.py, which times what the dispatcher picks, the last row, where the first have none.
     """
     rows = [row for path in paths if path.exists() for row in load(path)]
     found: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: row["bench"]):  # batch first
-        key = row["N"], row["K"], row["format"], row["pattern"], row["M"]
+        whose = "" if row["mask"] == "random" else f" {row['mask']}"
+        key = row["N"], row["K"], row["format"], row["pattern"] + whose, row["M"]
         before = found.get(key)
         if not before or before["bench"] == "batch" or before["us"] > row["us"]:
             found[key] = row

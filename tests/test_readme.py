@@ -17,7 +17,7 @@ def test_tables_are_generated_from_results():
     assert run.returncode == 0, run.stderr
 
 
-ROW = {"gpu": "a GPU", "torch": "2", "triton": "3", "commit": "abc", "dtype": "bfloat16"}
+ROW = {"gpu": "a GPU", "torch": "2", "triton": "3", "commit": "abc", "dtype": "bfloat16", "mask": "random"}
 LAYER = {"N": 64, "K": 32, "M": 8, "us": 10.0, "baseline_us": 12.0, "speedup": 1.2, "gbps": 90, "roof_pct": 3.0}
 PRUNED = {
     "windows": 4, "seqlen": 8, "hidden_states": "GPU", "seconds": 3.4, "bare_forward_seconds": 2.0, "passes": 3, "times_bare": 1.7, "peak_gb": 1.25,
@@ -27,6 +27,7 @@ FILES = {
         LAYER | {"bench": "batch", "format": "tile", "pattern": "0.5@256", "speedup": 1.9, "us": 5.0},
         LAYER | {"bench": "batch", "format": "tile", "pattern": "0.5@256", "M": 256, "speedup": 0.4, "baseline_us": 14.0},
         LAYER | {"bench": "batch", "format": "sell", "pattern": "0.5", "speedup": 0.7},
+        LAYER | {"bench": "batch", "format": "sell", "pattern": "0.5", "speedup": 0.6, "mask": "wanda"},
     ],
     "paths-h100.jsonl": [
         LAYER | {"bench": "paths", "format": "tile", "kernel": "batch", "pattern": "0.5@256"},
@@ -40,6 +41,7 @@ FILES = {
 }  # fmt: skip
 LINES = [
     "| 64 x 32 | cuBLAS | us | 12.0 | 14.0 |", "| 64 x 32 | tile | 0.5@256 | **1.20** | 0.40 |", "| 64 x 32 | sell | 0.5 | 0.70 |  |",
+    "| 64 x 32 | sell | 0.5 wanda | 0.60 |  |",
     "| 64 x 32 | 0.5@256 | sell **1.50** | tile **1.20** | dense |",
     "| 64 x 32 | 2:4 | row | 10 us | 90 | 3 % | 1.2 |  |", "| median | 2 | 20.0 ms | 90 | 3 % | 1.2 | 0.0 |",
     "| small | wanda dlp 0.5 | 4 x 8 | GPU | 2 s in 3 passes | 3 s | 1.70 | 1.2 GB |",
