@@ -63,6 +63,7 @@ def main() -> None:
                     ("dense", "packed")
                 ):  # the same weights: tokens before the first that differs in any row
                     row["equal_tokens"] = int((made == expected).all(0).long().cumprod(0).sum())
+                    row["margin"] = margin(model, prompts(model, batch, prompt), made, expected)
             row["roof_pct"] = round(100 * row["gbps"] / roof, 1)
             with args.rows.open("a") as file:
                 file.write(json.dumps(about | {"pattern": pattern, "batch": batch, "prompt": prompt} | row) + "\n")
@@ -90,9 +91,28 @@ def variants(name: str, patterns: list[str], format: str, dense_prefill: bool) -
         yield "packed" + suffix, dlpkit.load(name, format, device="cuda")
 
 
+def prompts(model: torch.nn.Module, batch: int, prompt: int) -> torch.Tensor:
+    """[batch, prompt] random tokens."""
+    return torch.randint(0, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def margin(model: torch.nn.Module, ids: torch.Tensor, made: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """How much the model prefers its first token that is not the expected one: the difference of the two logits over the larger one."""
+    different = (made != expected).nonzero()
+    if not len(different):
+        return None
+    at = int(different[:, 1].min())
+    row = int(different[different[:, 1] == at][0, 0])
+    before = torch.cat([ids[row].to(made.device), made[row, :at]])
+    logits = model(input_ids=before[None].to(model.device)).logits[0, -1].float()
+    own, other = logits[made[row, at]], logits[expected[row, at]]
+    return round(float((own - other) / own.abs()), 5)
+
+
 def measure(model: torch.nn.Module, batch: int, prompt: int, tokens: int, compile: bool) -> tuple[dict, torch.Tensor]:
     """Medians of whole runs of the loop, host included, and the tokens that the last made, greedily."""
-    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    ids = prompts(model, batch, prompt)
     decoder = Decoder(model, batch, prompt + tokens, eos=(), compile=compile)
     start = time.perf_counter()
     list(decoder.stream(ids, tokens=3))

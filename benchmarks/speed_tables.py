@@ -140,7 +140,8 @@ def tokens() -> str:
         packed = [f"{r['tokens_per_s']:.0f} **{r['speedup']:.2f}**" if r else "" for r in cells]
         lines.append((model, prompt, batch, f"{dense['tokens_per_s']:.0f}, {dense['roof_pct']:.0f} %", *packed))
     equal = [
-        f"Of {r['new']} greedy tokens of {model}, {r['equal_tokens']} equal the dense twin's before the first that differs."
+        f"Of {r['new']} greedy tokens of {model}, {r['equal_tokens']} equal the dense twin's before the first that differs"
+        + (f", which the model prefers by {r['margin']:.2%} of the logit." if r.get("margin") else ".")
         for (model, *_, pattern), r in found.items() if pattern.startswith("packed")
     ]  # fmt: skip
     return "\n\n".join((table(lines, ("model", "prompt", "batch", "dense", *patterns)), *equal, _measured_on(found)))

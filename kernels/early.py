@@ -5,7 +5,7 @@ kernel starts once every program of the one before has called `let_next_start` o
 weight, and waits with `inputs_ready` before it reads anything else or writes at all.
 
 The signal comes when a program's own reading is done, not before: programs of the next kernel that are there earlier take whichever
-multiprocessors are free, unevenly, and the walk at two rows of x got slower.
+multiprocessors are free, unevenly, and the walk at two rows of x got slower. `batch`, whose programs have one each, signals at once.
 
 A packed weight must therefore not be written by the kernel right before a matmul. Packing ends with `settle`.
 """
