@@ -28,7 +28,9 @@ def choose(weight: torch.Tensor, batch: int = 1) -> tuple[str, str]:
     runs, reason = available(weight.device)
     if not runs:
         return "dense", reason
-    density = storage.count(weight) / max(1, weight.numel())
+    if not weight.numel():
+        return "dense", "the weight has no rows or no columns"
+    density = storage.count(weight) / weight.numel()
     return choose_for(tuple(weight.shape), weight.dtype, density, _mask(weight, density), batch)
 
 

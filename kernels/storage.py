@@ -82,10 +82,16 @@ def count(weight: torch.Tensor) -> int:
     return int(torch.stack([torch.count_nonzero(part) for part in parts]).sum()) if weight.numel() else 0
 
 
+def check_matrix(weight: torch.Tensor, format: str) -> None:
+    """Raise ValueError unless the weight is [N, K], with rows and columns."""
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"{format}.pack wants a weight [N, K] with rows and columns, got shape {tuple(weight.shape)}")
+
+
 def check_two_of_four(weight: torch.Tensor, format: str) -> None:
     """Raise ValueError if [N, K], contiguous, holds more than two weights in a group of four neighbours of a row."""
     keep = torch.nn.functional.pad(held(weight), (0, -weight.shape[1] % 4))
-    most = int(keep.view(-1, 4).sum(1, dtype=torch.uint8).max()) if weight.numel() else 0
+    most = int(keep.view(-1, 4).sum(1, dtype=torch.uint8).max())
     if most > 2:
         raise ValueError(f"{format}.pack wants a weight that is 2:4 sparse, this one keeps {most} of 4 somewhere")
 

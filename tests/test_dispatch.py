@@ -169,6 +169,11 @@ def test_rows_up_to_which_packed_wins(measured, monkeypatch):
     assert found == {"dense": 0, "sell": 1, "nm": 8}
 
 
+def test_a_weight_without_rows_stays_dense(monkeypatch):
+    monkeypatch.setattr(dispatch, "available", lambda device: (True, ""))
+    assert dispatch.choose(torch.zeros(0, 8, dtype=BF16)) == ("dense", "the weight has no rows or no columns")
+
+
 def test_every_measured_format_is_one_that_packs():
     """The table that ships: whole classes, speeds in it, rows of x in order."""
     assert set(crossover.SPEED) <= set(formats.names())

@@ -100,10 +100,14 @@ def test_nbytes_is_the_truth_and_fields_rebuild(format):
     assert torch.equal(type(packed)(**fields).dense(), weight)
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 16), (16, 0)])
 @pytest.mark.parametrize("format", formats.names())
-def test_pack_refuses_other_ranks(format):
-    with pytest.raises(ValueError, match="pack wants a weight"):
-        formats.get(format).pack(torch.zeros(3))
+def test_pack_wants_rows_and_columns(format, shape):
+    if format == "dense" and len(shape) == 2:
+        assert formats.get(format).pack(torch.zeros(shape)).shape == shape  # what no kernel is for stays as it is
+        return
+    with pytest.raises(ValueError, match=r"pack wants a weight \[N, K\]"):
+        formats.get(format).pack(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7, 0.8])

@@ -17,7 +17,7 @@ import torch
 
 from dlpkit.kernels.formats import Packed, nm
 from dlpkit.kernels.runtime import HAS_TRITON, use_cusparselt
-from dlpkit.kernels.storage import check_two_of_four
+from dlpkit.kernels.storage import check_matrix, check_two_of_four
 
 if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
@@ -65,8 +65,7 @@ def pack(weight: torch.Tensor) -> Packed:
     """[N, K] -> CuSparseLt, or NM where the library does not run. Raises ValueError unless the weight is 2:4 sparse, and for one
     that the library would not give back bit for bit: with NaN, infinities or -0.0.
     """
-    if weight.ndim != 2:
-        raise ValueError(f"cusparselt.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
+    check_matrix(weight, "cusparselt")
     weight = weight.detach().contiguous()
     check_two_of_four(weight, "cusparselt")
     if not runs(*weight.shape, weight.dtype, weight.device):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
-from dlpkit.kernels.storage import BITS, check_two_of_four
+from dlpkit.kernels.storage import BITS, check_matrix, check_two_of_four
 
 if HAS_TRITON:
     from dlpkit.kernels import fragments, ops  # noqa: F401 (ops registers torch.ops.dlpkit)
@@ -62,11 +62,10 @@ class Fragment:
 
 def pack(weight: torch.Tensor) -> Fragment:
     """[N, K] of any float dtype -> Fragment on the same device. Raises ValueError unless the weight is 2:4 sparse."""
-    if weight.ndim != 2:
-        raise ValueError(f"fragment.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
+    check_matrix(weight, "fragment")
     weight = weight.detach().contiguous()
     check_two_of_four(weight, "fragment")
-    if not use_triton(weight) or not weight.numel():
+    if not use_triton(weight):
         return pack_ref(weight)
     values, codes = fragments.pack(weight.view(BITS[weight.element_size()]))
     settle(weight.device)

@@ -16,7 +16,7 @@ import torch
 
 from dlpkit.kernels import tiles
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
-from dlpkit.kernels.storage import BITS
+from dlpkit.kernels.storage import BITS, check_matrix
 
 if HAS_TRITON:
     from dlpkit.kernels import group, ops  # noqa: F401 (ops registers torch.ops.dlpkit)
@@ -76,10 +76,9 @@ class NM:
 
 def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0) -> NM:
     """[N, K] -> NM with the (n, m) that takes the fewest bits. Raises ValueError if none takes fewer than the dense weight."""
-    if weight.ndim != 2:
-        raise ValueError(f"nm.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
+    check_matrix(weight, "nm")
     weight = weight.detach().contiguous()
-    if not use_triton(weight) or not weight.numel():
+    if not use_triton(weight):
         return pack_ref(weight, *infer_ref(weight), rows, segments)
     integers = weight.view(BITS[weight.element_size()])
     words, fullest = group.count(integers)
@@ -93,13 +92,13 @@ def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0) -> NM:
 def infer(weight: torch.Tensor) -> tuple[int, int]:
     """(n, m): at most n of every m neighbours in a row are not zero, in the fewest bits; ties go to the smaller m."""
     weight = weight.detach().contiguous()
-    if not use_triton(weight) or not weight.numel():
+    if not use_triton(weight):
         return infer_ref(weight)
     return _cheapest(weight, group.count(weight.view(BITS[weight.element_size()]))[1].tolist())
 
 
 def infer_ref(weight: torch.Tensor) -> tuple[int, int]:
-    return _cheapest(weight, [int(_groups(weight, m).sum(2).max()) if weight.numel() else 1 for m in CODE_BITS])
+    return _cheapest(weight, [int(_groups(weight, m).sum(2).max()) for m in CODE_BITS])
 
 
 def _cheapest(weight: torch.Tensor, most: list[int]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ import torch
 
 from dlpkit.kernels import tiles
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
-from dlpkit.kernels.storage import BITS
+from dlpkit.kernels.storage import BITS, check_matrix
 
 if HAS_TRITON:
     from dlpkit.kernels import ops  # noqa: F401 (registers torch.ops.dlpkit)
@@ -79,11 +79,12 @@ class Sell:
 
 
 def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | None = None) -> Sell:
-    """[N, K] of any float dtype -> Sell on the same device. `rows` and `segments` are powers of two; 0 asks `tiles`."""
-    if weight.ndim != 2:
-        raise ValueError(f"sell.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
+    """[N, K] of any float dtype -> Sell on the same device. `rows` and `segments` are powers of two; 0 asks `tiles`. Raises
+    ValueError unless the weight has rows and columns.
+    """
+    check_matrix(weight, "sell")
     weight = weight.detach().contiguous()
-    if not use_triton(weight) or not weight.numel():
+    if not use_triton(weight):
         return pack_ref(weight, rows, segments, slack)
     N, K = weight.shape
     integers = weight.view(BITS[weight.element_size()])

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
-from dlpkit.kernels.storage import BITS
+from dlpkit.kernels.storage import BITS, check_matrix
 
 if HAS_TRITON:
     from dlpkit.kernels import blocks, ops  # noqa: F401 (ops registers torch.ops.dlpkit)
@@ -80,11 +80,10 @@ class Tile:
 
 
 def pack(weight: torch.Tensor) -> Tile:
-    """[N, K] of any float dtype -> Tile on the same device."""
-    if weight.ndim != 2:
-        raise ValueError(f"tile.pack wants a weight [N, K], got shape {tuple(weight.shape)}")
+    """[N, K] of any float dtype -> Tile on the same device. Raises ValueError unless the weight has rows and columns."""
+    check_matrix(weight, "tile")
     weight = weight.detach().contiguous()
-    if not use_triton(weight) or not weight.numel():
+    if not use_triton(weight):
         return pack_ref(weight)
     values, gaps, extras, *others = blocks.pack(weight.view(BITS[weight.element_size()]))
     values, extras = values.view(weight.dtype), extras.view(weight.dtype)
