@@ -141,7 +141,7 @@ def tokens() -> str:
         lines.append((model, prompt, batch, f"{dense['tokens_per_s']:.0f}, {dense['roof_pct']:.0f} %", *packed))
     equal = [
         f"Of {r['new']} greedy tokens of {model}, {r['equal_tokens']} equal the dense twin's before the first that differs"
-        + (f", which the model prefers by {r['margin']:.2%} of the logit." if r.get("margin") else ".")
+        + (f", which the model prefers by {r['margin']:.2%} of the logit." if r.get("margin") is not None else ".")
         for (model, *_, pattern), r in found.items() if pattern.startswith("packed")
     ]  # fmt: skip
     return "\n\n".join((table(lines, ("model", "prompt", "batch", "dense", *patterns)), *equal, _measured_on(found)))
