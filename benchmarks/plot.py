@@ -7,7 +7,7 @@ python benchmarks/plot.py benchmarks/results/h100.jsonl             a Markdown t
 import sys
 from pathlib import Path
 
-from rows import load
+from rows import load, named
 
 SHAPES = [
     (14336, 4096),
@@ -40,7 +40,7 @@ def table(found: dict) -> str:
     """Microseconds and speed-up over cuBLAS; at M = 1 also over the dense Triton GEMV, in brackets."""
     patterns = [(p, mask) for mask in ("random", "wanda") for p in (*SPARSITIES, "2:4", "8:16")]
     patterns = [pattern for pattern in patterns if any(key[3:] == pattern for key in found)]
-    head = ["layer", "M", "cuBLAS us", *(p if mask == "random" else f"{p} {mask}" for p, mask in patterns)]
+    head = ["layer", "M", "cuBLAS us", *(named(*pattern) for pattern in patterns)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for N, K in SHAPES:
         for M in ROWS:

@@ -6,18 +6,17 @@ python benchmarks/plot_batch.py benchmarks/results/paths-h100.jsonl benchmarks/r
 import sys
 from pathlib import Path
 
-from rows import load
+from rows import load, named
 
 
 def batch_rows(*paths: Path) -> dict[tuple, dict]:
-    """Rows by (N, K, format, pattern and whose mask, M). Of the kernels that tune_paths.py timed one by one, or cuSPARSELt's algorithms, the fastest; of
-    bench_batch.py, which times what the dispatcher picks, the last row, where the first have none.
+    """Rows by (N, K, format, pattern and whose mask, M). Of the kernels that tune_paths.py timed one by one, or cuSPARSELt's algorithms,
+    the fastest; of bench_batch.py, which times what the dispatcher picks, the last row, where the first have none.
     """
     rows = [row for path in paths if path.exists() for row in load(path)]
     found: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: row["bench"]):  # batch first
-        whose = "" if row["mask"] == "random" else f" {row['mask']}"
-        key = row["N"], row["K"], row["format"], row["pattern"] + whose, row["M"]
+        key = row["N"], row["K"], row["format"], named(row["pattern"], row["mask"]), row["M"]
         before = found.get(key)
         if not before or before["bench"] == "batch" or before["us"] > row["us"]:
             found[key] = row

@@ -74,8 +74,8 @@ def measure(shape: tuple[int, int], format: str, pattern: str, kernels: list[str
     weight = sparse(shape, pattern)
     packed = formats.get(format).pack(weight)
     ring = copies(packed, ring_length(packed.nbytes))
-    for kernel, rows in KERNELS[format].items():
-        for M in rows if kernel in kernels else []:
+    for kernel, rows in _asked(format, kernels):
+        for M in rows:
             xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]
             with pinned(kernel):
                 error = relative_error(packed.matmul(xs[0]), (xs[0].float() @ weight.float().t()).double())
@@ -89,10 +89,15 @@ def measure(shape: tuple[int, int], format: str, pattern: str, kernels: list[str
             }  # fmt: skip
 
 
+def _asked(format: str, kernels: list[str]) -> list[tuple[str, list[int]]]:
+    """Of those kernels the format's, each with its rows of x."""
+    return [(kernel, rows) for kernel, rows in KERNELS[format].items() if kernel in kernels]
+
+
 def warm(shape: tuple[int, int], format: str, pattern: str, kernels: list[str]) -> None:
     packed = formats.get(format).pack(sparse(shape, pattern))
-    for kernel, rows in KERNELS[format].items():
-        for M in (rows if kernel != "expand" else rows[:1]) if kernel in kernels else []:
+    for kernel, rows in _asked(format, kernels):
+        for M in rows if kernel != "expand" else rows[:1]:
             with pinned(kernel):
                 packed.matmul(torch.zeros(M, shape[1], device="cuda", dtype=torch.bfloat16))
     torch.cuda.synchronize()

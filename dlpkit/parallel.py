@@ -23,7 +23,7 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if wanted > there:
             raise ValueError(
-                f"torchrun started {wanted} processes on a machine with {there} GPU{'s' * (there != 1)}: start as many, or use --device cpu"
+                f"torchrun started {wanted} processes on a machine with {there} GPU{'s' * (there != 1)}: start one for each GPU, or use --device cpu"
             )
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)

@@ -86,7 +86,7 @@ def explain(packed: Packed, M: int) -> tuple[str, str]:
         few = f"slower than cuBLAS on most dense weights below {algorithms.FEWEST} rows of x"
         many = f"faster than cuBLAS from {algorithms.FEWEST} rows of x on, less the half millisecond of the host that a product takes outside CUDA graphs"
         return "cusparselt", f"on an H100 cuSPARSELt is {few if M < algorithms.FEWEST else many}"
-    kernel, speed, layer = crossover.fastest(format, N, K, M, packed.values.numel() / max(1, N * K))
+    kernel, speed, layer = crossover.fastest(format, N, K, M, packed.values.numel() / (N * K))
     if not speed:
         return kernel, f"nothing of {format} was measured at {_rows(M)}"
     return kernel, f"measured {speed:.2f} times as fast as cuBLAS at {_rows(M)} ({layer})"

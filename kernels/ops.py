@@ -50,7 +50,7 @@ def _kernel(name: str):
 
 
 def _kernel_for(format: str, x: torch.Tensor, values: torch.Tensor, N: int, K: int) -> str:
-    return crossover.fastest(format, N, K, x.shape[0], values.numel() / max(1, N * K)).kernel
+    return crossover.fastest(format, N, K, x.shape[0], values.numel() / (N * K)).kernel
 
 
 @_kernel("dlpkit::sell_dense")

@@ -60,7 +60,8 @@ def test_matmul(pattern, dtype):
 def test_rows_of_x(pattern, M, expands, pinned):
     pinned("expand" if expands else "pick" if ":" in pattern else "walk")
     weight = sparse(33, 100, pattern)
-    check(pack(weight, pattern), weight, M, roundings=2 if expands else 1)  # cuBLAS may round before it adds the bias
+    roundings = 2 if expands and DEVICE == "cuda" else 1  # cuBLAS may round before it adds the bias
+    check(pack(weight, pattern), weight, M, roundings=roundings)
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])

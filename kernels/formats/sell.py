@@ -220,7 +220,7 @@ def _profile(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _grid(weight: torch.Tensor, slots: int, rows: int, segments: int, slack: float | None) -> tuple[int, int, float]:
     N, K = weight.shape
     if not rows or not segments:
-        rows, segments = tiles.lanes(N, K, slots / max(1, weight.numel()))
+        rows, segments = tiles.lanes(N, K, slots / weight.numel())
     return rows, segments, tiles.slack(K) if slack is None else slack
 
 

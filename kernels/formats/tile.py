@@ -102,7 +102,7 @@ def is_balanced(weight: torch.Tensor) -> bool:
 
 def pack_ref(weight: torch.Tensor) -> Tile:
     N, K = weight.shape
-    rows = max(1, CHUNK // max(1, K) // (2 * ROWS)) * 2 * ROWS
+    rows = max(1, CHUNK // K // (2 * ROWS)) * 2 * ROWS
     parts = [_pack_rows(part) for part in weight.split(rows)]
     values, gaps, extras, places, steps, more = (torch.cat(t) for t in zip(*parts, strict=True))
     values, gaps = (torch.nn.functional.pad(t, (0, AHEAD * size)) for t, size in ((values, 8 * LANES), (gaps, LANES)))
