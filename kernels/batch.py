@@ -2,8 +2,9 @@
 
 A unit is a tile of 128 rows by 256 columns. A program has a multiprocessor to itself and takes U units one after the other, all blocks of
 a tile before the next tile. Two groups of 8 warps each own a tile in shared memory, clear it and scatter half of the blocks into it;
-4 warps copy x in chunks of 64 columns, multiply, wgmma with both operands in shared memory, and store y. `full` says that a tile holds
-its block, `empty` that it has been multiplied. A tile whose blocks several programs share is summed by the last of them to arrive.
+4 warps multiply, wgmma with both operands in shared memory, and store y; x comes by TMA, a piece of a block's columns at a time.
+`ready` says that a piece is there, `full` that a tile holds its block, `empty` that it has been multiplied. A tile whose blocks several
+programs share is summed by the last of them to arrive.
 """
 
 import torch
@@ -11,15 +12,16 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dlpkit.kernels.early import early_start
-from dlpkit.kernels.product import DTYPES, aligned, fetch, finish, grid, join
+from dlpkit.kernels.product import DTYPES, aligned, finish, grid, join
 from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.scatter import (
     COLUMNS,
@@ -36,9 +38,10 @@ from dlpkit.kernels.scatter import (
 
 FEWEST, MOST = 16, 128  # rows of x in a launch; what follows goes by them
 ROWS = gl.constexpr(128)  # of a tile
-STAGES = {16: 8, 32: 8, 64: 8, 128: 3}  # chunks of 64 columns of x in shared memory
-CHUNKS = {16: 4, 32: 4, 64: 4, 128: 1}  # that are copied, and multiplied, at a time
-REGISTERS = {16: 80, 32: 80, 64: 80, 128: 72}  # of a thread that scatters; those that multiply have the rest
+SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
+CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}  # of 64 columns of x in a piece
+STAGES = 3  # pieces in shared memory
+REGISTERS = 72  # of a thread that scatters; those that multiply have the rest
 JOIN = {16: 1, 32: 1, 64: 2, 128: 6}  # units that adding the parts of a tile takes as long as: H100, 14336 x 4096
 
 
@@ -118,80 +121,100 @@ def _scatter(
 
 
 @gluon.jit
+def _fetch(xs, ready, x_desc, piece, column, live, CHUNKS: gl.constexpr):
+    """Copy a piece of x that begins with `column` to its stage, zeros where x has none."""
+    M: gl.constexpr = xs.shape[1]
+    stage = piece % ready.shape[0]
+    mbarrier.expect(ready.index(stage), CHUNKS * M * 128, pred=live)
+    for c in gl.static_range(CHUNKS):
+        tma.async_copy_global_to_shared(
+            x_desc, [0, column + 64 * c], ready.index(stage), xs.index(stage * CHUNKS + c), pred=live
+        )
+
+
+@gluon.jit
 def _multiply(
-    w, xs, room, full, empty, x_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, octets, x_rows, stride_x, first_unit, last, B, U,
-    M: gl.constexpr, CHUNKS: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
+    w, xs, ready, full, empty, x_desc, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, first_unit, last, B, U,
+    CHUNKS: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    STAGES: gl.constexpr = xs.shape[0]
-    AHEAD: gl.constexpr = STAGES - CHUNKS  # chunks that are asked for before they are needed
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    M: gl.constexpr = xs.shape[1]
+    STAGES: gl.constexpr = ready.shape[0]
+    PIECES: gl.constexpr = 4 // CHUNKS  # of a unit
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    m = gl.arange(0, M, gl.SliceLayout(1, COPY))
-    k = gl.arange(0, 64, gl.SliceLayout(0, COPY))
-    tile, b, group, begins, ends = _turn(first_unit, first_unit, last, B)
     grid("launch_dependents", EARLY)  # at once: what starts early finds only the multiprocessors that are idle
     grid("wait", EARLY)
-    for i in gl.static_range(AHEAD):
-        fetch(xs.index(i), x_ptr, m, k, b * COLUMNS + 64 * i, x_rows, octets, stride_x)
+    for i in gl.static_range(STAGES):
+        unit = first_unit + i // PIECES
+        column = _turn(unit, first_unit, last, B)[1] * COLUMNS + i % PIECES * (64 * CHUNKS)
+        _fetch(xs, ready, x_desc, i, column, unit < last, CHUNKS)
     acc = gl.zeros([ROWS, M], gl.float32, MMA)
-    chunk = 0
     turns = 0, 0  # that each group has had
     for unit in range(first_unit, last):
-        after = _turn(unit + 1, first_unit, last, B)
-        for i in gl.static_range(0, 4, CHUNKS):
-            async_copy.wait_group(AHEAD - CHUNKS)
-            fence_async_shared()
-            barrier()
+        tile, _, group, begins, ends = _turn(unit, first_unit, last, B)
+        for i in gl.static_range(PIECES):
+            piece = (unit - first_unit) * PIECES + i
+            stage = piece % STAGES
+            mbarrier.wait(ready.index(stage), piece // STAGES % 2)
             if i == 0:  # x is there first: what stands between `full` and `empty` keeps a group waiting
                 mbarrier.wait(full.index(group), gl.where(group == 0, turns[0], turns[1]) % 2)
-            for c in gl.static_range(i, i + CHUNKS):
+            for c in gl.static_range(CHUNKS):
                 acc = warpgroup_mma(
-                    w.index(group).slice(64 * c, 64, 0).permute((1, 0)), xs.index((chunk + c) % STAGES).permute((1, 0)), acc,
-                    use_acc=(begins == 0) if c == 0 else True, is_async=True,
+                    w.index(group).slice(64 * (i * CHUNKS + c), 64, 0).permute((1, 0)), xs.index(stage * CHUNKS + c).permute((1, 0)), acc,
+                    use_acc=(begins == 0) if i + c == 0 else True, is_async=True,
                 )  # fmt: skip
-            acc = warpgroup_mma_wait(CHUNKS, deps=[acc])
-            barrier()  # all warps are done with the chunks before
-            for c in gl.static_range(i + AHEAD, i + AHEAD + CHUNKS):
-                to = xs.index((chunk + c) % STAGES)
-                if c < 4:
-                    fetch(to, x_ptr, m, k, b * COLUMNS + 64 * c, x_rows, octets, stride_x)
-                else:
-                    live = gl.where(unit + 1 < last, x_rows, 0)
-                    fetch(to, x_ptr, m, k, after[1] * COLUMNS + 64 * (c - 4), live, octets, stride_x)
-        chunk += 4
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()
-        mbarrier.arrive(empty.index(group))
-        if ends:
-            if SPLIT:
-                join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS)
-            else:
-                finish(acc, room, tile, bias_ptr, y_ptr, N, x_rows, BIAS)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            barrier()  # all warps are done with the piece
+            if i == PIECES - 1:
+                if ends:  # the tile's memory is where y is transposed
+                    if SPLIT:
+                        join(
+                            acc,
+                            w.index(group),
+                            tile,
+                            bias_ptr,
+                            y_ptr,
+                            parts_ptr,
+                            arrived_ptr,
+                            N,
+                            x_rows,
+                            B,
+                            U,
+                            32,
+                            BIAS,
+                        )
+                    else:
+                        finish(acc, w.index(group), tile, bias_ptr, y_ptr, N, x_rows, BIAS)
+                    barrier()
+                mbarrier.arrive(empty.index(group))
+            later = unit + (i + STAGES) // PIECES
+            column = _turn(later, first_unit, last, B)[1] * COLUMNS + (i + STAGES) % PIECES * (64 * CHUNKS)
+            _fetch(xs, ready, x_desc, piece + STAGES, column, later < last, CHUNKS)
         turns = turns[0] + 1 - group, turns[1] + group
-        tile, b, group, begins, ends = after
 
 
 @gluon.jit
 def _batch_kernel(
-    x_ptr, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
-    N, octets, x_rows, stride_x, atoms, B, units, U,
+    x_desc, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
+    N, x_rows, atoms, B, units, U,
     M: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
     REGISTERS: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     w = gl.allocate_shared_memory(DTYPE, [2, COLUMNS, ROWS], SHARED)
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, M, 64], SHARED)
-    room = gl.allocate_shared_memory(DTYPE, [M, ROWS], SHARED)
+    xs = gl.allocate_shared_memory(DTYPE, [STAGES * CHUNKS, M, 64], SHARED)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
     first_unit = gl.program_id(0) * U
     last = gl.minimum(first_unit + U, units)
     gl.warp_specialize(
         [
-            (_multiply, (w, xs, room, full, empty, x_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, octets, x_rows, stride_x, first_unit, last, B, U, M, CHUNKS, BIAS, SPLIT, EARLY)),
+            (_multiply, (w, xs, ready, full, empty, x_desc, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, first_unit, last, B, U, CHUNKS, BIAS, SPLIT, EARLY)),
             (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 0)),
             (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 1)),
         ],
@@ -218,14 +241,15 @@ def multiply(
     for i in range(0, x.shape[0], MOST):
         part = x[i : i + MOST]
         M = max(FEWEST, triton.next_power_of_2(part.shape[0]))
+        x_desc = TensorDescriptor.from_tensor(part, [M, 64], SHARED.value)
         U = units(tiles, B, M, multiprocessors(x.device))
         programs = triton.cdiv(tiles * B, U)
         split = U % B != 0
         parts = torch.empty((programs + tiles) * ROWS.value * M if split else 1, dtype=torch.float32, device=x.device)
         _batch_kernel[(programs,)](
-            part, *weight, y if bias is None else bias, y[i:], parts, arrived,
-            N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, triton.cdiv(N, 64), B, tiles * B, U,
-            M=M, STAGES=STAGES[M], CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split,
-            REGISTERS=REGISTERS[M], **early, num_warps=4,
+            x_desc, *weight, y if bias is None else bias, y[i:], parts, arrived,
+            N, part.shape[0], triton.cdiv(N, 64), B, tiles * B, U,
+            M=M, STAGES=STAGES, CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split,
+            REGISTERS=REGISTERS, **early, num_warps=4,
         )  # fmt: skip
     return y

@@ -18,9 +18,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
 from dlpkit.kernels.early import early_start
-from dlpkit.kernels.product import DTYPES, aligned, fetch, finish, grid, join
+from dlpkit.kernels.product import DTYPES, aligned, finish, grid, join
 from dlpkit.kernels.runtime import multiprocessors
-from dlpkit.kernels.scatter import barrier
+from dlpkit.kernels.scatter import barrier, opaque
 
 FEWEST, MOST = 16, 128  # rows of x in a launch
 STAGES = {  # warps -> M of the kernel -> steps in shared memory: H100, 14336 x 4096 and 4096 x 4096
@@ -122,6 +122,14 @@ def _multiply(sums, mine, stage, x, add, PTX: gl.constexpr, CONSTRAINTS: gl.cons
 
 
 @gluon.jit
+def _fetch(to, x_ptr, m, k, column, x_rows, octets, stride_x):
+    """Copy x[:, column : column + 64] to shared memory, zeros where x has none; `octets` of columns, `stride_x` in octets."""
+    x = x_ptr + column + opaque(m).to(gl.int64)[:, None] * (stride_x * 8) + k[None, :]
+    async_copy.async_copy_global_to_shared(to, x, mask=(m[:, None] < x_rows) & (k[None, :] < octets * 8 - column))
+    async_copy.commit_group()
+
+
+@gluon.jit
 def _mma_kernel(
     x_ptr, values_ptr, codes_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
     N, octets, x_rows, stride_x, atoms, T, units, U,
@@ -159,7 +167,7 @@ def _mma_kernel(
     grid("wait", EARLY)
     next_tile, next_t = tile, t
     for i in gl.static_range(STAGES - 1):
-        fetch(pool.index(i), x_ptr, m, k, next_t * 64, gl.where(first_unit + i < last, x_rows, 0), octets, stride_x)
+        _fetch(pool.index(i), x_ptr, m, k, next_t * 64, gl.where(first_unit + i < last, x_rows, 0), octets, stride_x)
         next_tile, next_t = _past(next_tile, next_t, T)
     sums = (gl.zeros([32 * WARPS], gl.float32, LANES),) * (M // 2)
     stage = 0
@@ -170,7 +178,7 @@ def _mma_kernel(
         live = unit + STAGES - 1 < last
         free = gl.where(stage == 0, STAGES - 1, stage - 1)
         _copy(values_ptr, codes_ptr, mine, free, next_tile * GROUPS + group, next_t, atoms, T, live)
-        fetch(pool.index(free), x_ptr, m, k, next_t * 64, gl.where(live, x_rows, 0), octets, stride_x)
+        _fetch(pool.index(free), x_ptr, m, k, next_t * 64, gl.where(live, x_rows, 0), octets, stride_x)
         next_tile, next_t = _past(next_tile, next_t, T)
         sums = _multiply(sums, mine, stage, base + stage * X, (unit > first_unit) & (t > 0), PTX, CONSTRAINTS)
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
@@ -179,7 +187,7 @@ def _mma_kernel(
             grid("launch_dependents", EARLY)
         if (unit == last - 1) | (t == T):
             if SPLIT:
-                join(_tile(sums, M), room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, T, U, BIAS)
+                join(_tile(sums, M), room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, T, U, 64, BIAS)
             else:
                 finish(_tile(sums, M), room, tile, bias_ptr, y_ptr, N, x_rows, BIAS)
             tile += 1

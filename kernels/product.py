@@ -1,9 +1,8 @@
-"""The x and y side of the products on Hopper's tensor cores: chunks of x to shared memory, parts of a tile added, y stored."""
+"""What the products on Hopper's tensor cores have in common: x with aligned rows, parts of a tile added, y stored."""
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 from dlpkit.kernels.scatter import barrier, opaque
 
@@ -14,7 +13,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     """x with rows that are whole 16-byte words; columns past K hold zeros."""
     if x.shape[1] % 8:
         return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -25,14 +24,6 @@ def grid(WHAT: gl.constexpr, EARLY: gl.constexpr):
     if EARLY:
         PTX: gl.constexpr = "griddepcontrol." + WHAT + "; mov.b32 $0, 0;"
         gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def fetch(to, x_ptr, m, k, column, x_rows, octets, stride_x):
-    """Copy x[:, column : column + 64] to shared memory, zeros where x has none; `octets` of columns, `stride_x` in octets."""
-    x = x_ptr + column + opaque(m).to(gl.int64)[:, None] * (stride_x * 8) + k[None, :]
-    async_copy.async_copy_global_to_shared(to, x, mask=(m[:, None] < x_rows) & (k[None, :] < octets * 8 - column))
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -47,14 +38,16 @@ def _offsets(tile, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS: gl.constexpr):
+def join(
+    acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, MOST: gl.constexpr, BIAS: gl.constexpr
+):
     """Add the parts of all programs that share a tile, in the last one to arrive. Program i has part i + t of tile t, [M / 8, ROWS, 8].
 
-    `arrived` counts the programs that have stored their part, and is zero again at the end.
+    MOST: columns whose parts a thread adds at a time, by the registers it has. `arrived` counts the programs that have stored their part, and is zero again at the end.
     """
     ROWS: gl.constexpr = acc.shape[0]
     M: gl.constexpr = acc.shape[1]
-    SLAB: gl.constexpr = M if M < 64 else 64  # columns whose parts a thread adds at a time
+    SLAB: gl.constexpr = M if M < MOST else MOST
     SLAB_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLAB, 16])
     begin = tile * B // U
     count = (tile * B + B - 1) // U - begin + 1

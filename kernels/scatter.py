@@ -216,7 +216,7 @@ def walk(stream, ring, steps, me):
     left = steps % 8
     if left > 4:
         c, more, stream = _four(c, ring, stream, me)
-        ring, stream = _end(c, more, stream, left - 4, me)
+        ring, stream = _end(c, more, stream, left, me)
     elif left == 4:
         c = _step(c, ring[0], me)
         r0 = _read(stream, 0)
@@ -234,17 +234,21 @@ def walk(stream, ring, steps, me):
 
 @gluon.jit
 def _end(c, ring, stream, left, me):
-    """The last one to three steps of a block, if any: what moves from one register to another is there by then."""
-    if left == 1:
+    """The last one to three steps of a block, left % 4: what moves from one register to another is there by then. Asked bit by bit, as of
+    one choice among three LLVM and ptxas make jump tables.
+    """
+    odd = left % 2 == 1
+    if left % 4 >= 2:
+        if odd:
+            c = _step(c, ring[0], me)
+            c = _step(c, ring[1], me)
+            c = _step(c, ring[2], me)
+            ring = ring[3], _read(stream, 0), _read(stream, 1), _read(stream, 2)
+        else:
+            c = _step(c, ring[0], me)
+            c = _step(c, ring[1], me)
+            ring = ring[2], ring[3], _read(stream, 0), _read(stream, 1)
+    elif odd:
         c = _step(c, ring[0], me)
         ring = ring[1], ring[2], ring[3], _read(stream, 0)
-    elif left == 2:
-        c = _step(c, ring[0], me)
-        c = _step(c, ring[1], me)
-        ring = ring[2], ring[3], _read(stream, 0), _read(stream, 1)
-    elif left == 3:
-        c = _step(c, ring[0], me)
-        c = _step(c, ring[1], me)
-        c = _step(c, ring[2], me)
-        ring = ring[3], _read(stream, 0), _read(stream, 1), _read(stream, 2)
-    return ring, _past(stream, left)
+    return ring, _past(stream, left % 4)

@@ -28,6 +28,8 @@ KINDS |= {"extras_ptr": "*i16", "places_ptr": "*i16", "parts_ptr": "*fp32"}
 def compiled(kernel, dtype, registers=None, warps=4, **constants):
     constants["DTYPE"] = dtype
     kinds = {name: KINDS.get(name, f"*{dtype}") if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    if "x_desc" in kinds:
+        kinds["x_desc"] = f"tensordesc<{dtype}[{constants['M']}, 64],{batch.SHARED.value!r}>"
     kinds |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = GluonASTSource(kernel, kinds, constexprs=constants, attrs=aligned)
@@ -46,7 +48,7 @@ def check_tiles_come_first(asm, size, known=()):
     [(gl.bfloat16, 16, True), (gl.float16, 32, False), (gl.bfloat16, 64, True), (gl.float16, 128, False)],
 )
 def test_batch_compiles(dtype, M, split):
-    options = {"STAGES": batch.STAGES[M], "CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS[M], "EARLY": True}
+    options = {"STAGES": batch.STAGES, "CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS, "EARLY": True}
     asm = compiled(batch._batch_kernel, dtype, M=M, BIAS=True, SPLIT=split, **options)
     assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
     assert "setmaxnreg" in asm["ptx"]

@@ -109,10 +109,20 @@ def test_strided_rows(kernel, M, pinned):
     pinned(kernel)
     weight = balanced(256, 512, 128)
     packed = tile.pack(weight)
-    wide = torch.randn(M, 700, dtype=weight.dtype, device=DEVICE)
+    wide = torch.randn(M, 704, dtype=weight.dtype, device=DEVICE)
     shifted = torch.randn(M * 512 + 1, dtype=weight.dtype, device=DEVICE)[1:].view(M, 512)  # contiguous, not aligned
-    for x in (wide[:, 3:515], wide[:, 8:520], torch.randn(512, M, dtype=weight.dtype, device=DEVICE).t(), shifted):
+    turned, repeated = torch.randn(512, M, dtype=weight.dtype, device=DEVICE).t(), wide[:1, 8:520].expand(M, 512)
+    for x in (wide[:, 3:515], wide[:, 8:520], turned, shifted, repeated):
         assert torch.equal(packed.matmul(x), packed.matmul(x.clone(memory_format=torch.contiguous_format)))
+
+
+@WGMMA
+def test_what_stands_beside_x_is_not_read(pinned):
+    pinned("batch")
+    weight = sparse(64, 520, "0.6")
+    wide = torch.full((24, 1024), torch.nan, dtype=weight.dtype, device=DEVICE)
+    x = wide[4:20, :520].normal_()
+    assert relative_error(tile.pack(weight).matmul(x), x.double() @ weight.double().t()) < TOLERANCE[weight.dtype]
 
 
 @WGMMA
