@@ -234,7 +234,7 @@ def multiply(
 ) -> torch.Tensor:  # fmt: skip
     """x [M, K] and the fields of a Tile, values of x's 16-bit dtype -> [M, N]."""
     y = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
-    x = aligned(x)
+    x = aligned(x, 64)  # a chunk: what TMA copies must not be wider than what there is
     weight = values.view(torch.int32), gaps, extras.view(torch.int16), places, starts, extra_starts
     B, tiles = triton.cdiv(K, COLUMNS.value), triton.cdiv(N, ROWS.value)
     early = early_start(x.device)

@@ -9,10 +9,11 @@ from dlpkit.kernels.scatter import barrier, opaque
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def aligned(x: torch.Tensor) -> torch.Tensor:
-    """x with rows that are whole 16-byte words; columns past K hold zeros."""
-    if x.shape[1] % 8:
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
+def aligned(x: torch.Tensor, columns: int = 8) -> torch.Tensor:
+    """x with rows that are whole 16-byte words, and at least so many columns; those past K hold zeros."""
+    missing = max(-x.shape[1] % 8, columns - x.shape[1])
+    if missing > 0:
+        return torch.nn.functional.pad(x, (0, missing))
     if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dlpkit.kernels import batch, blocks, mma, scatter, spread
+from dlpkit.kernels import batch, blocks, mma, product, scatter, spread
 
 KINDS = dict.fromkeys(("values_ptr", "gaps_ptr", "codes_ptr", "starts_ptr", "extra_starts_ptr", "arrived_ptr"), "*i32")
 KINDS |= {"extras_ptr": "*i16", "places_ptr": "*i16", "parts_ptr": "*fp32"}
@@ -69,6 +69,26 @@ def test_mma_compiles(dtype, M, warps):
     assert "griddepcontrol.wait" in asm["ptx"]
     x = range(0, mma.STAGES[warps][M] * M * 128, M * 128)  # the stages of x
     check_tiles_come_first(asm, x.stop + mma.STAGES[warps][M] * warps // 4 * mma.STEP.value, x)
+
+
+def test_x_as_the_kernels_read_it():
+    wide = torch.randn(4, 208).bfloat16()
+    for x, columns in (
+        (wide[:, :5], 8),
+        (wide[:, :40], 64),
+        (wide[:, 3:139], 64),
+        (wide[:1, :64].expand(4, 64), 64),
+        (wide.t(), 64),
+    ):
+        read = product.aligned(x, columns)
+        rows, K = x.shape
+        assert read.shape == (rows, max(columns, K + -K % 8))
+        assert torch.equal(read[:, :K], x)
+        assert not read[:, K:].any()
+        assert read.stride(1) == 1
+        assert read.stride(0) % 8 == 0
+        assert read.stride(0) >= read.shape[1]
+    assert product.aligned(wide[:, 8:136], 64).data_ptr() == wide[:, 8:136].data_ptr()  # as it is
 
 
 @pytest.mark.parametrize(("N", "K", "M", "warps", "units"), [
