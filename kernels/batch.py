@@ -167,21 +167,7 @@ def _multiply(
             if i == PIECES - 1:
                 if ends:  # the tile's memory is where y is transposed
                     if SPLIT:
-                        join(
-                            acc,
-                            w.index(group),
-                            tile,
-                            bias_ptr,
-                            y_ptr,
-                            parts_ptr,
-                            arrived_ptr,
-                            N,
-                            x_rows,
-                            B,
-                            U,
-                            32,
-                            BIAS,
-                        )
+                        join(acc, w.index(group), tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, 32, BIAS)  # fmt: skip
                     else:
                         finish(acc, w.index(group), tile, bias_ptr, y_ptr, N, x_rows, BIAS)
                     barrier()

@@ -39,16 +39,15 @@ def _offsets(tile, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def join(
-    acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, MOST: gl.constexpr, BIAS: gl.constexpr
-):
+def join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, WIDTH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
     """Add the parts of all programs that share a tile, in the last one to arrive. Program i has part i + t of tile t, [M / 8, ROWS, 8].
 
-    MOST: columns whose parts a thread adds at a time, by the registers it has. `arrived` counts the programs that have stored their part, and is zero again at the end.
+    WIDTH: of the columns that are added at a time, by the registers there are. `arrived` counts the programs that have stored their part,
+    and is zero again at the end.
     """
     ROWS: gl.constexpr = acc.shape[0]
     M: gl.constexpr = acc.shape[1]
-    SLAB: gl.constexpr = M if M < MOST else MOST
+    SLAB: gl.constexpr = M if M < WIDTH else WIDTH
     SLAB_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLAB, 16])
     begin = tile * B // U
     count = (tile * B + B - 1) // U - begin + 1
