@@ -128,8 +128,10 @@ OPERATIONS = {
 }
 
 
-def run(ptx: str, operands: list, memory: np.ndarray):
-    """The straight-line PTX of scatter.py on arrays of lanes; `operands` are $0, $1, ..., and $0 is returned."""
+def run(ptx: str, operands: list, memory: np.ndarray, stored: list | None = None):
+    """The straight-line PTX of scatter.py on arrays of lanes; `operands` are $0, $1, ..., and $0 is returned. The addresses of every
+    store go to `stored`.
+    """
     names = {f"${i}": operand for i, operand in enumerate(operands)}
 
     def value(text):
@@ -148,6 +150,8 @@ def run(ptx: str, operands: list, memory: np.ndarray):
         if op == "st.shared.b16":
             at = names[to.strip("[]")][there]
             memory[at], memory[at + 1] = a[0][there] & 0xFF, a[0][there] >> 8 & 0xFF
+            if stored is not None:
+                stored.append(at)
         elif to.startswith("{"):
             low, high = re.findall(r"\w+", to)
             names[low], names[high] = a[0] & 0xFFFF, a[0] >> 16
@@ -166,9 +170,27 @@ def run(ptx: str, operands: list, memory: np.ndarray):
     return names["$0"]
 
 
+def times_a_bank(at: np.ndarray) -> int:
+    """How many words of one of the 32 banks a warp's store has to reach: its cycles."""
+    words = np.unique(at // 4)
+    return np.bincount(words % 32).max()
+
+
+@pytest.mark.parametrize(("density", "least", "most"), [(0.3, 1.5, 2.2), (0.5, 1.4, 2.0), (1.0, 1.0, 1.0)])
+def test_how_often_a_store_meets_a_bank(density, least, most):
+    stored = []
+    rebuild(density, 0, stored)
+    cycles = [times_a_bank(warp) for at in stored for warp in at.reshape(4, 32)]
+    assert least <= np.mean(cycles) <= most
+
+
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("half", [0, 1])
 def test_the_ptx_rebuilds_a_tile(density, half):
+    rebuild(density, half)
+
+
+def rebuild(density, half, stored=None):
     gen = torch.Generator().manual_seed(0)
     weight = torch.where(torch.rand(64, 256, generator=gen) < density, torch.randn(64, 256, generator=gen), 0.0)
     packed = tile.pack_ref(weight.bfloat16())
@@ -184,8 +206,9 @@ def test_the_ptx_rebuilds_a_tile(density, half):
     high = np.full(128, 0x80808080 if half == 0 else 0, np.uint32)
     middle = np.full(128, base + 2**15, np.uint32)
     c = np.where(up, 0, 2**32 - 1).astype(np.uint32)
+    assert density < 0.1 or packed.starts[-1] > 0
     for values, word in zip(bits[: packed.starts[-1]], gaps, strict=False):
-        c = run(scatter.STEP.value, [None, *values.T, word, c, direction, low, high, middle], memory)
+        c = run(scatter.STEP.value, [None, *values.T, word, c, direction, low, high, middle], memory, stored)
 
     extras, places = (
         t.view(torch.int16).numpy().view(np.uint32).reshape(-1, 2) for t in (packed.extras, packed.places)

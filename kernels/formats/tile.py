@@ -136,7 +136,10 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         -1, MOST
     )
     left_over = needs.flip(1).cumsum(1).flip(1) - needs  # [pairs, MOST] weights that need more steps
-    bytes = left_over * EXTRA_BYTES + torch.arange(MOST, device=device) * 2 * STEP_BYTES
+    halves = torch.full((len(needs), 1), 2, device=device)
+    if total // across % 2:  # the last 64 rows have no others below
+        halves[-across:] = 1
+    bytes = left_over * EXTRA_BYTES + torch.arange(MOST, device=device) * STEP_BYTES * halves
     steps = bytes.argmin(1).view(-1, across).repeat_interleave(2, 0).flatten()[:total]
     starts = steps.cumsum(0) - steps
 
