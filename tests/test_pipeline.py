@@ -83,7 +83,9 @@ def test_a_killed_run_resumes_to_the_identical_result(how, model_folder, tmp_pat
     slow = (
         "import sys, time; from dlpkit import journal; keep = journal.Journal.keep_block\n"
         "def slow(self, index, weights):\n    keep(self, index, weights)\n    time.sleep(0 if index < 1 else 60)\n"
-        "journal.Journal.keep_block = slow\nfrom dlpkit.cli import main; sys.argv = ['dlpkit', *sys.argv[1:]]; main()"
+        "journal.Journal.keep_block = slow\nfrom dlpkit.cli import main; sys.argv = ['dlpkit', *sys.argv[1:]]\n"
+        # a shell's background job ignores Ctrl-C, and so would what it starts
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); main()"
     )
     arguments = command(model_folder, tmp_path / "out")[3:]
     process = subprocess.Popen([sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True)
