@@ -36,13 +36,13 @@ from dlpkit.kernels.scatter import (
     walker,
 )
 
-FEWEST, MOST = 16, 128  # rows of x in a launch; what follows goes by them
+FEWEST, MOST = 16, 128  # rows of x in a launch
 ROWS = gl.constexpr(128)  # of a tile
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}  # of 64 columns of x in a piece
-STAGES = 3  # pieces in shared memory
-REGISTERS = 72  # of a thread that scatters; those that multiply have the rest
-JOIN = {16: 1, 32: 1, 64: 2, 128: 6}  # units that adding the parts of a tile takes as long as: H100, 14336 x 4096
+STAGES = gl.constexpr(3)  # pieces of x in shared memory
+REGISTERS = gl.constexpr(72)  # of a thread that scatters; those that multiply have the rest
+CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}  # rows of x -> chunks of 64 columns in a piece
+JOIN = {16: 1, 32: 1, 64: 2, 128: 6}  # -> units that adding the parts of a tile takes as long as: H100, 14336 x 4096
 
 
 @gluon.jit
@@ -121,10 +121,12 @@ def _scatter(
 
 
 @gluon.jit
-def _fetch(xs, ready, x_desc, piece, column, live, CHUNKS: gl.constexpr):
-    """Copy a piece of x that begins with `column` to its stage, zeros where x has none."""
+def _fetch(xs, ready, x_desc, piece, unit, PART: gl.constexpr, first_unit, last, B, CHUNKS: gl.constexpr):
+    """Copy a piece of x, the PART-th of the unit's columns, to its stage, zeros where x has none; nothing past the last unit."""
     M: gl.constexpr = xs.shape[1]
-    stage = piece % ready.shape[0]
+    column = _turn(unit, first_unit, last, B)[1] * COLUMNS + PART * (64 * CHUNKS)
+    live = unit < last
+    stage = piece % STAGES
     mbarrier.expect(ready.index(stage), CHUNKS * M * 128, pred=live)
     for c in gl.static_range(CHUNKS):
         tma.async_copy_global_to_shared(
@@ -138,15 +140,12 @@ def _multiply(
     CHUNKS: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     M: gl.constexpr = xs.shape[1]
-    STAGES: gl.constexpr = ready.shape[0]
     PIECES: gl.constexpr = 4 // CHUNKS  # of a unit
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     grid("launch_dependents", EARLY)  # at once: what starts early finds only the multiprocessors that are idle
     grid("wait", EARLY)
     for i in gl.static_range(STAGES):
-        unit = first_unit + i // PIECES
-        column = _turn(unit, first_unit, last, B)[1] * COLUMNS + i % PIECES * (64 * CHUNKS)
-        _fetch(xs, ready, x_desc, i, column, unit < last, CHUNKS)
+        _fetch(xs, ready, x_desc, i, first_unit + i // PIECES, i % PIECES, first_unit, last, B, CHUNKS)
     acc = gl.zeros([ROWS, M], gl.float32, MMA)
     turns = 0, 0  # that each group has had
     for unit in range(first_unit, last):
@@ -172,9 +171,10 @@ def _multiply(
                         finish(acc, w.index(group), tile, bias_ptr, y_ptr, N, x_rows, BIAS)
                     barrier()
                 mbarrier.arrive(empty.index(group))
-            later = unit + (i + STAGES) // PIECES
-            column = _turn(later, first_unit, last, B)[1] * COLUMNS + (i + STAGES) % PIECES * (64 * CHUNKS)
-            _fetch(xs, ready, x_desc, piece + STAGES, column, later < last, CHUNKS)
+            later = i + STAGES
+            _fetch(
+                xs, ready, x_desc, piece + STAGES, unit + later // PIECES, later % PIECES, first_unit, last, B, CHUNKS
+            )
         turns = turns[0] + 1 - group, turns[1] + group
 
 
@@ -182,8 +182,7 @@ def _multiply(
 def _batch_kernel(
     x_desc, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
     N, x_rows, atoms, B, units, U,
-    M: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr,
-    REGISTERS: gl.constexpr, EARLY: gl.constexpr,
+    M: gl.constexpr, CHUNKS: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     w = gl.allocate_shared_memory(DTYPE, [2, COLUMNS, ROWS], SHARED)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES * CHUNKS, M, 64], SHARED)
@@ -235,7 +234,6 @@ def multiply(
         _batch_kernel[(programs,)](
             x_desc, *weight, y if bias is None else bias, y[i:], parts, arrived,
             N, part.shape[0], triton.cdiv(N, 64), B, tiles * B, U,
-            M=M, STAGES=STAGES, CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split,
-            REGISTERS=REGISTERS, **early, num_warps=4,
+            M=M, CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split, **early, num_warps=4,
         )  # fmt: skip
     return y

@@ -48,8 +48,7 @@ def check_tiles_come_first(asm, size, known=()):
     [(gl.bfloat16, 16, True), (gl.float16, 32, False), (gl.bfloat16, 64, True), (gl.float16, 128, False)],
 )
 def test_batch_compiles(dtype, M, split):
-    options = {"STAGES": batch.STAGES, "CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS, "EARLY": True}
-    asm = compiled(batch._batch_kernel, dtype, M=M, BIAS=True, SPLIT=split, **options)
+    asm = compiled(batch._batch_kernel, dtype, M=M, CHUNKS=batch.CHUNKS[M], BIAS=True, SPLIT=split, EARLY=True)
     assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
     assert "setmaxnreg" in asm["ptx"]
     assert "griddepcontrol.wait" in asm["ptx"]
@@ -176,12 +175,12 @@ def times_a_bank(at: np.ndarray) -> int:
     return np.bincount(words % 32).max()
 
 
-@pytest.mark.parametrize(("density", "least", "most"), [(0.3, 1.5, 2.2), (0.5, 1.4, 2.0), (1.0, 1.0, 1.0)])
-def test_how_often_a_store_meets_a_bank(density, least, most):
+@pytest.mark.parametrize(("density", "want"), [(0.3, 1.9), (0.5, 1.8), (1.0, 1.0)])
+def test_how_often_a_store_meets_a_bank(density, want):
     stored = []
     rebuild(density, 0, stored)
     cycles = [times_a_bank(warp) for at in stored for warp in at.reshape(4, 32)]
-    assert least <= np.mean(cycles) <= most
+    assert round(np.mean(cycles), 1) == want
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.5, 1.0])
