@@ -20,8 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from dlpkit.kernels import parts
 from dlpkit.kernels.early import early_start
-from dlpkit.kernels.product import DTYPES, aligned, finish, grid, join
+from dlpkit.kernels.product import DTYPES, aligned, finish, grid
 from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.scatter import (
     COLUMNS,
@@ -43,6 +44,7 @@ STAGES = gl.constexpr(3)  # pieces of x in shared memory
 REGISTERS = gl.constexpr(72)  # of a thread that scatters; those that multiply have the rest
 CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}  # rows of x -> chunks of 64 columns in a piece
 JOIN = {16: 1, 32: 1, 64: 2, 128: 6}  # -> units that adding the parts of a tile takes as long as: H100, 14336 x 4096
+LATER = 4  # programs to a tile from which its parts are added by a kernel of its own, as those of 128 rows always are: H100, 4096 and 1024 x 4096
 
 
 @gluon.jit
@@ -137,7 +139,7 @@ def _fetch(xs, ready, x_desc, piece, unit, PART: gl.constexpr, first_unit, last,
 @gluon.jit
 def _multiply(
     w, xs, ready, full, empty, x_desc, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, first_unit, last, B, U,
-    CHUNKS: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
+    CHUNKS: gl.constexpr, BIAS: gl.constexpr, SUM: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     M: gl.constexpr = xs.shape[1]
     PIECES: gl.constexpr = 4 // CHUNKS  # of a unit
@@ -164,13 +166,15 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()  # all warps are done with the piece
             if i == PIECES - 1:
-                if ends:  # the tile's memory is where y is transposed
-                    if SPLIT:
-                        join(acc, w.index(group), tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, 32, BIAS)  # fmt: skip
+                if SUM != "later" and ends:  # the tile's memory is where y is transposed
+                    if SUM == "here":
+                        parts.join(acc, w.index(group), tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS)  # fmt: skip
                     else:
                         finish(acc, w.index(group), tile, bias_ptr, y_ptr, N, x_rows, BIAS)
                     barrier()
                 mbarrier.arrive(empty.index(group))
+                if SUM == "later" and ends:
+                    parts.put(acc, tile, parts_ptr)
             later = i + STAGES
             _fetch(
                 xs, ready, x_desc, piece + STAGES, unit + later // PIECES, later % PIECES, first_unit, last, B, CHUNKS
@@ -182,7 +186,7 @@ def _multiply(
 def _batch_kernel(
     x_desc, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
     N, x_rows, atoms, B, units, U,
-    M: gl.constexpr, CHUNKS: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
+    M: gl.constexpr, CHUNKS: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SUM: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     w = gl.allocate_shared_memory(DTYPE, [2, COLUMNS, ROWS], SHARED)
     xs = gl.allocate_shared_memory(DTYPE, [STAGES * CHUNKS, M, 64], SHARED)
@@ -199,7 +203,7 @@ def _batch_kernel(
     last = gl.minimum(first_unit + U, units)
     gl.warp_specialize(
         [
-            (_multiply, (w, xs, ready, full, empty, x_desc, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, first_unit, last, B, U, CHUNKS, BIAS, SPLIT, EARLY)),
+            (_multiply, (w, xs, ready, full, empty, x_desc, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, first_unit, last, B, U, CHUNKS, BIAS, SUM, EARLY)),
             (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 0)),
             (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, first_unit, last, atoms, B, 1)),
         ],
@@ -229,11 +233,13 @@ def multiply(
         x_desc = TensorDescriptor.from_tensor(part, [M, 64], SHARED.value)
         U = units(tiles, B, M, multiprocessors(x.device))
         programs = triton.cdiv(tiles * B, U)
-        split = U % B != 0
-        parts = torch.empty((programs + tiles) * ROWS.value * M if split else 1, dtype=torch.float32, device=x.device)
+        SUM = "whole" if U % B == 0 else "later" if M == MOST or B > LATER * U else "here"
+        room = y if SUM == "whole" else parts.room(tiles, programs, ROWS.value, M, x.device)
         _batch_kernel[(programs,)](
-            x_desc, *weight, y if bias is None else bias, y[i:], parts, arrived,
+            x_desc, *weight, y if bias is None else bias, y[i:], room, arrived,
             N, part.shape[0], triton.cdiv(N, 64), B, tiles * B, U,
-            M=M, CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split, **early, num_warps=4,
+            M=M, CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SUM=SUM, **early, num_warps=4,
         )  # fmt: skip
+        if SUM == "later":
+            parts.add(room, y[i : i + MOST], bias, ROWS.value, M, B, U)
     return y

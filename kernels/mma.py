@@ -17,8 +17,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared
 
+from dlpkit.kernels import parts
 from dlpkit.kernels.early import early_start
-from dlpkit.kernels.product import DTYPES, aligned, finish, grid, join
+from dlpkit.kernels.product import DTYPES, aligned, finish, grid
 from dlpkit.kernels.runtime import multiprocessors
 from dlpkit.kernels.scatter import barrier, opaque
 
@@ -131,7 +132,7 @@ def _fetch(to, x_ptr, m, k, column, x_rows, octets, stride_x):
 
 @gluon.jit
 def _mma_kernel(
-    x_ptr, values_ptr, codes_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
+    x_ptr, values_ptr, codes_ptr, bias_ptr, y_ptr, parts_ptr,
     N, octets, x_rows, stride_x, atoms, T, units, U,
     M: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr, SPLIT: gl.constexpr, EARLY: gl.constexpr,
     PTX: gl.constexpr, CONSTRAINTS: gl.constexpr,
@@ -187,7 +188,7 @@ def _mma_kernel(
             grid("launch_dependents", EARLY)
         if (unit == last - 1) | (t == T):
             if SPLIT:
-                join(_tile(sums, M), room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, T, U, 64, BIAS)
+                parts.put(_tile(sums, M), tile, parts_ptr)
             else:
                 finish(_tile(sums, M), room, tile, bias_ptr, y_ptr, N, x_rows, BIAS)
             tile += 1
@@ -195,7 +196,7 @@ def _mma_kernel(
 
 
 def multiply(
-    x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, arrived: torch.Tensor, bias: torch.Tensor | None, N: int, K: int
+    x: torch.Tensor, values: torch.Tensor, codes: torch.Tensor, bias: torch.Tensor | None, N: int, K: int
 ) -> torch.Tensor:  # fmt: skip
     """x [M, K] and the fields of a Fragment, values of x's 16-bit dtype -> [M, N]."""
     y = torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device)
@@ -208,13 +209,15 @@ def multiply(
         T, tiles = triton.cdiv(K, 64), triton.cdiv(N, 16 * warps)
         programs = triton.cdiv(tiles * T, U)
         split = U % T != 0
-        parts = torch.empty((programs + tiles) * 16 * warps * M if split else 1, dtype=torch.float32, device=x.device)
+        room = parts.room(tiles, programs, 16 * warps, M, x.device) if split else y
         _mma_kernel[(programs,)](
-            part, values.view(torch.int32), codes, y if bias is None else bias, y[i:], parts, arrived,
+            part, values.view(torch.int32), codes, y if bias is None else bias, y[i:], room,
             N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, triton.cdiv(N, 64), T, tiles * T, U,
             M=M, STAGES=STAGES[warps][M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split,
             **instructions(M, x.dtype), **early, num_warps=warps,
         )  # fmt: skip
+        if split:
+            parts.add(room, y[i : i + MOST], bias, 16 * warps, M, T, U)
     return y
 
 

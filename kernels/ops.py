@@ -18,7 +18,7 @@ if HAS_GLUON:
 SELL = "Tensor values, Tensor gaps, Tensor bases, Tensor order, Tensor pairs, Tensor steps"
 NM = "Tensor values, Tensor codes"
 TILE = "Tensor values, Tensor gaps, Tensor extras, Tensor places, Tensor starts, Tensor extra_starts, Tensor arrived"
-FRAGMENT = "Tensor values, Tensor codes, Tensor arrived"
+FRAGMENT = "Tensor values, Tensor codes"
 GRID = "int N, int K, int rows, int segments"
 
 torch.library.define("dlpkit::sell_matmul", f"(Tensor x, Tensor? bias, {SELL}, {GRID}) -> Tensor")
@@ -99,15 +99,15 @@ def _tile_matmul(x, bias, values, gaps, extras, places, starts, extra_starts, ar
 
 
 @_kernel("dlpkit::fragment_dense")
-def _fragment_dense(values, codes, arrived, N, K):
+def _fragment_dense(values, codes, N, K):
     return fragments.dense(values.view(torch.int16), codes, N, K).view(values.dtype)
 
 
 @_kernel("dlpkit::fragment_matmul")
-def _fragment_matmul(x, bias, values, codes, arrived, N, K):
+def _fragment_matmul(x, bias, values, codes, N, K):
     if not use_wgmma(x.device) or _kernel_for("fragment", x, values, N, K) == crossover.EXPAND:
-        return torch.nn.functional.linear(x, _fragment_dense(values, codes, arrived, N, K), bias)
-    return mma.multiply(x, values, codes, arrived, None if bias is None else bias.contiguous(), N, K)
+        return torch.nn.functional.linear(x, _fragment_dense(values, codes, N, K), bias)
+    return mma.multiply(x, values, codes, None if bias is None else bias.contiguous(), N, K)
 
 
 @_kernel("dlpkit::cusparselt_dense")
@@ -136,12 +136,12 @@ def _tile_dense_fake(values, gaps, extras, places, starts, extra_starts, arrived
 
 
 @torch.library.register_fake("dlpkit::fragment_dense")
-def _fragment_dense_fake(values, codes, arrived, N, K):
+def _fragment_dense_fake(values, codes, N, K):
     return values.new_empty(N, K)
 
 
 @torch.library.register_fake("dlpkit::fragment_matmul")
-def _fragment_matmul_fake(x, bias, values, codes, arrived, N, K):
+def _fragment_matmul_fake(x, bias, values, codes, N, K):
     return x.new_empty(x.shape[0], N)
 
 

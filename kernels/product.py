@@ -1,10 +1,10 @@
-"""What the products on Hopper's tensor cores have in common: x with aligned rows, parts of a tile added, y stored."""
+"""What the products on Hopper's tensor cores have in common: x with aligned rows, y stored."""
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dlpkit.kernels.scatter import barrier, opaque
+from dlpkit.kernels.scatter import barrier
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -25,45 +25,6 @@ def grid(WHAT: gl.constexpr, EARLY: gl.constexpr):
     if EARLY:
         PTX: gl.constexpr = "griddepcontrol." + WHAT + "; mov.b32 $0, 0;"
         gl.inline_asm_elementwise(PTX, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _offsets(tile, FIRST: gl.constexpr):
-    """Where a thread's elements of [rows, columns from FIRST on] stand in a part: threads of a warp side by side."""
-    ROWS: gl.constexpr = tile.shape[0]
-    LAYOUT: gl.constexpr = tile.type.layout
-    r = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    m = gl.arange(0, tile.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-    e = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    return FIRST * ROWS + m * (ROWS * 8) + r * 8 + e
-
-
-@gluon.jit
-def join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, WIDTH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """Add the parts of all programs that share a tile, in the last one to arrive. Program i has part i + t of tile t, [M / 8, ROWS, 8].
-
-    WIDTH: of the columns that are added at a time, by the registers there are. `arrived` counts the programs that have stored their part,
-    and is zero again at the end.
-    """
-    ROWS: gl.constexpr = acc.shape[0]
-    M: gl.constexpr = acc.shape[1]
-    SLAB: gl.constexpr = M if M < WIDTH else WIDTH
-    SLAB_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, SLAB, 16])
-    begin = tile * B // U
-    count = (tile * B + B - 1) // U - begin + 1
-    # opaque: no address is kept in registers through the loop over units
-    parts_ptr += opaque(begin + tile).to(gl.int64) * (ROWS * M)
-    mine = acc.reshape([ROWS, M // 8, 8])
-    gl.store(parts_ptr + (gl.program_id(0) - begin) * (ROWS * M) + _offsets(mine, 0), mine)
-    barrier()
-    if gl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == count - 1:
-        gl.store(arrived_ptr + tile, 0)
-        for first in gl.static_range(0, M, SLAB):
-            total = gl.zeros([ROWS, SLAB], gl.float32, SLAB_LAYOUT).reshape([ROWS, SLAB // 8, 8])
-            for i in range(count):
-                total += gl.load(parts_ptr + i * (ROWS * M) + _offsets(total, first), cache_modifier=".cg")
-            slab = gl.convert_layout(total.reshape([ROWS, SLAB]), SLAB_LAYOUT, assert_trivial=True)
-            finish(slab, room, tile, bias_ptr, y_ptr + first * N, N, x_rows - first, BIAS)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ import torch
 from dlpkit.kernels import runtime
 
 FILES = [
-    "test_matmul.py", "test_pack_kernels.py", "test_cull.py", "test_sweep.py", "test_attend.py", "test_tile.py", "test_fragment.py",
+    "test_matmul.py", "test_pack_kernels.py", "test_cull.py", "test_sweep.py", "test_attend.py", "test_tile.py", "test_fragment.py", "test_parts.py",
 ]  # fmt: skip
 
 

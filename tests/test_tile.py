@@ -65,7 +65,7 @@ def test_operators_are_well_formed_and_gradients_those_of_dense():
 @WGMMA
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("kernel", "rows"), [("batch", [1, 8, 17, 40, 64, 100, 150, 300]), ("expand", [300])])
-@pytest.mark.parametrize(("N", "K"), [(1, 8), (64, 256), (200, 520), (1000, 1001), (4096, 1024)])
+@pytest.mark.parametrize(("N", "K"), [(1, 8), (64, 256), (200, 520), (200, 2100), (1000, 1001), (4096, 1024)])
 def test_batches(N, K, kernel, rows, dtype, pinned):
     pinned(kernel)
     weight = sparse(N, K, "0.6", dtype)

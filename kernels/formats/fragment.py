@@ -7,8 +7,7 @@ values: of rows 16 w + g and 16 w + g + 8 the groups q and q + 4, four registers
     values  [N / 64][K / 64][s][w][g][q][group q or q + 4][row g or g + 8][2]
     codes   [N / 64][K / 64][w][g][s][c] int32: positions of groups 4 c to 4 c + 3 of half s, four bits each, of row g and then g + 8
 
-9 bits per weight; N and K are padded to multiples of 64. One product with a weight at a time: the programs of a launch count each
-other in `arrived`, so two streams must not multiply by the same Fragment at once. Source: PTX ISA, wgmma.mma_async.sp.
+9 bits per weight; N and K are padded to multiples of 64. Source: PTX ISA, wgmma.mma_async.sp.
 """
 
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ SIDE = 64  # rows and columns of a step
 class Fragment:
     values: torch.Tensor  # [ceil(N / 64) * ceil(K / 64) * 2048], dtype of the weight
     codes: torch.Tensor  # [ceil(N / 64) * ceil(K / 64) * 128] int32
-    arrived: torch.Tensor  # [ceil(N / 64)] int32, zeros with which the programs of a matmul count each other
     N: int
     K: int
 
@@ -39,7 +37,7 @@ class Fragment:
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.codes.nbytes + self.arrived.nbytes
+        return self.values.nbytes + self.codes.nbytes
 
     def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
@@ -57,7 +55,7 @@ class Fragment:
         return use_triton(self.values) and self.values.element_size() == 2
 
     def _fields(self) -> tuple:
-        return self.values, self.codes, self.arrived, self.N, self.K
+        return self.values, self.codes, self.N, self.K
 
 
 def pack(weight: torch.Tensor) -> Fragment:
@@ -69,7 +67,7 @@ def pack(weight: torch.Tensor) -> Fragment:
         return pack_ref(weight)
     values, codes = fragments.pack(weight.view(BITS[weight.element_size()]))
     settle(weight.device)
-    return Fragment(values.view(weight.dtype), codes, _arrived(weight), *weight.shape)
+    return Fragment(values.view(weight.dtype), codes, *weight.shape)
 
 
 def pack_ref(weight: torch.Tensor) -> Fragment:
@@ -80,7 +78,7 @@ def pack_ref(weight: torch.Tensor) -> Fragment:
     values = _by_thread(groups.gather(2, position)).permute(0, 4, 5, 1, 3, 7, 6, 2, 8)
     code = _by_thread(position[:, :, 0] | position[:, :, 1] << 2).permute(0, 4, 1, 3, 5, 6, 2, 7)  # ..., row of two, q
     codes = (code << _shifts(code)).sum((-2, -1))
-    return Fragment(values.flatten(), codes.to(torch.int32).flatten(), _arrived(weight), N, K)
+    return Fragment(values.flatten(), codes.to(torch.int32).flatten(), N, K)
 
 
 def unpack_ref(packed: Fragment) -> torch.Tensor:
@@ -103,7 +101,3 @@ def _by_thread(groups: torch.Tensor) -> torch.Tensor:
 def _shifts(code: torch.Tensor) -> torch.Tensor:
     """[row of two, q] bits before a code in its word."""
     return 16 * torch.arange(2, device=code.device)[:, None] + 4 * torch.arange(4, device=code.device)
-
-
-def _arrived(weight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(-(-weight.shape[0] // SIDE), dtype=torch.int32, device=weight.device)
