@@ -62,12 +62,8 @@ def join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B,
         gl.store(arrived_ptr + tile, 0)
         part = parts_ptr + opaque(begin + tile).to(gl.int64) * (ROWS * M)
         total = gl.zeros_like(acc).reshape([ROWS, M // 8, 8])
-        AT_ONCE: gl.constexpr = 4 if M <= 32 else 2  # by the registers there are
-        for i in range(0, count, AT_ONCE):
-            for j in gl.static_range(AT_ONCE):
-                total += gl.load(
-                    _of(part + (i + j) * (ROWS * M), total), mask=i + j < count, other=0.0, cache_modifier=".cg"
-                )
+        for i in range(count):
+            total += gl.load(_of(part + i * (ROWS * M), total), cache_modifier=".cg")
         total = gl.convert_layout(total.reshape([ROWS, M]), acc.type.layout, assert_trivial=True)
         finish(total, room, tile, bias_ptr, y_ptr, N, x_rows, BIAS)
 

@@ -4,7 +4,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from dlpkit.kernels.scatter import barrier
+from dlpkit.kernels.scatter import barrier, opaque
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -39,8 +39,12 @@ def finish(acc, room, tile, bias_ptr, y_ptr, N, x_rows, BIAS: gl.constexpr):
     out = room._reinterpret(room.dtype, [M, ROWS], gl.NVMMASharedLayout(128, 16, rank=2))
     out.permute((1, 0)).store(acc.to(room.dtype))
     barrier()
-    m = gl.arange(0, M, gl.SliceLayout(1, OUT))
+    ROWS_AT_ONCE: gl.constexpr = gl.num_warps() * 256 // ROWS
+    # one at a time and opaque: rows and addresses of all are kept in registers otherwise, and ptxas spills those of other warps
+    m = opaque(gl.arange(0, ROWS_AT_ONCE, gl.SliceLayout(1, OUT)))
     n = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, OUT))
-    y = y_ptr + m[:, None].to(gl.int64) * N + n[None, :]
-    gl.store(y, out.load(OUT), mask=(m[:, None] < x_rows) & (n[None, :] < N))
+    for first in gl.static_range(0, M, ROWS_AT_ONCE):
+        y = y_ptr + m[:, None].to(gl.int64) * N + n[None, :]
+        gl.store(y, out.slice(first, ROWS_AT_ONCE).load(OUT), mask=(m[:, None] < x_rows) & (n[None, :] < N))
+        m = opaque(m + ROWS_AT_ONCE)
     barrier()

@@ -126,7 +126,7 @@ def start(values_ptr, gaps_ptr, first, lane):
     """A lane's stream, (values, gaps) past what has been read, and its first four steps."""
     at = first.to(gl.int64) * 128 + lane
     stream = values_ptr + at * 4, gaps_ptr + at
-    return _past(stream, 4), (_read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3))
+    return _past(stream, 4), _read_four(stream)
 
 
 @gluon.jit
@@ -187,10 +187,20 @@ def _step(c, slots, me):
 
 @gluon.jit
 def _pin():
-    """Loads after it are issued here: ptxas would move them down to where their values are used, and wait there for memory."""
+    """Loads are issued on their side of it. ptxas would move them down to where their values are used, and wait there for memory, or up
+    before a step, whose own slots are then waited for with theirs.
+    """
     gl.inline_asm_elementwise(
         "bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _read_four(stream):
+    _pin()
+    slots = _read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3)
+    _pin()
+    return slots
 
 
 @gluon.jit
@@ -199,9 +209,7 @@ def _four(c, ring, stream, me):
     cannot wait for the older of two loads alone.
     """
     c = _step(c, ring[0], me)
-    _pin()
-    more = _read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3)
-    _pin()
+    more = _read_four(stream)
     c = _step(c, ring[1], me)
     c = _step(c, ring[2], me)
     return _step(c, ring[3], me), more, _past(stream, 4)
@@ -219,14 +227,9 @@ def walk(stream, ring, steps, me):
         c, more, stream = _four(c, ring, stream, me)
         ring, stream = _end(c, more, stream, left, me)
     elif left == 4:
-        c = _step(c, ring[0], me)
-        r0 = _read(stream, 0)
-        c = _step(c, ring[1], me)
-        r1 = _read(stream, 1)
-        c = _step(c, ring[2], me)
-        r2 = _read(stream, 2)
-        c = _step(c, ring[3], me)
-        ring = r0, r1, r2, _read(stream, 3)
+        for i in gl.static_range(4):
+            c = _step(c, ring[i], me)
+        ring = _read_four(stream)
         stream = _past(stream, 4)
     else:
         ring, stream = _end(c, ring, stream, left, me)
@@ -235,21 +238,22 @@ def walk(stream, ring, steps, me):
 
 @gluon.jit
 def _end(c, ring, stream, left, me):
-    """The last one to three steps of a block, left % 4: what moves from one register to another is there by then. Asked bit by bit, as of
-    one choice among three LLVM and ptxas make jump tables.
-    """
+    """The last one to three steps of a block, left % 4. Asked bit by bit, as of one choice among three LLVM and ptxas make jump tables."""
     odd = left % 2 == 1
     if left % 4 >= 2:
         if odd:
             c = _step(c, ring[0], me)
             c = _step(c, ring[1], me)
             c = _step(c, ring[2], me)
+            _pin()
             ring = ring[3], _read(stream, 0), _read(stream, 1), _read(stream, 2)
         else:
             c = _step(c, ring[0], me)
             c = _step(c, ring[1], me)
+            _pin()
             ring = ring[2], ring[3], _read(stream, 0), _read(stream, 1)
     elif odd:
         c = _step(c, ring[0], me)
+        _pin()
         ring = ring[1], ring[2], ring[3], _read(stream, 0)
     return ring, _past(stream, left % 4)

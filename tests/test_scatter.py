@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from dlpkit.kernels import batch, blocks, mma, product, scatter, spread
 
-KINDS = dict.fromkeys(("values_ptr", "gaps_ptr", "codes_ptr", "starts_ptr", "extra_starts_ptr"), "*i32")
+KINDS = dict.fromkeys(("values_ptr", "gaps_ptr", "codes_ptr", "starts_ptr", "extra_starts_ptr", "arrived_ptr"), "*i32")
 KINDS |= {"extras_ptr": "*i16", "places_ptr": "*i16", "parts_ptr": "*fp32"}
 
 
@@ -45,10 +45,18 @@ def check_tiles_come_first(asm, size, known=()):
 
 @pytest.mark.parametrize(
     ("dtype", "M", "sum"),
-    [(gl.bfloat16, 16, "here"), (gl.float16, 32, "later"), (gl.bfloat16, 64, "here"), (gl.float16, 128, "whole")],
+    [
+        (gl.bfloat16, 16, "here"),
+        (gl.float16, 32, "later"),
+        (gl.bfloat16, 64, "here"),
+        (gl.float16, 128, "whole"),
+        (gl.bfloat16, 128, "later"),
+    ],
 )
 def test_batch_compiles(dtype, M, sum):
-    asm = compiled(batch._batch_kernel, dtype, M=M, CHUNKS=batch.CHUNKS[M], BIAS=True, SUM=sum, EARLY=True)
+    bias = M < 128  # there ptxas spills with one: the registers are few
+    asm = compiled(batch._batch_kernel, dtype, M=M, CHUNKS=batch.CHUNKS[M], BIAS=bias, SUM=sum, EARLY=True)
+    assert "STL" not in asm["sass"]  # what spills is what scatters, and that costs up to 15 %: H100, 14336 x 4096
     assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
     assert "setmaxnreg" in asm["ptx"]
     assert "griddepcontrol.wait" in asm["ptx"]
