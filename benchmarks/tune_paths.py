@@ -1,8 +1,9 @@
-"""Measure every kernel of every packed format by itself over rows of x, and write what the dispatcher goes by, kernels/measured.py.
+"""Measure every kernel of every packed format by itself over rows of x, and write from it what the dispatcher goes by, kernels/measured.py.
 
     python benchmarks/tune_paths.py --rows benchmarks/results/paths-h100.jsonl [--formats tile --shapes 4096x4096 --patterns 0.5@256]
     python benchmarks/tune_paths.py --rows benchmarks/results/paths-h100.jsonl --table    # measure nothing, write the table of all rows
 
+Measuring leaves the table alone: of a few layers it would keep only those.
 Layers that bench_matmul.py measured, in h100.jsonl beside the rows, are in the table too.
 `--warm` only compiles: kernels compile one after the other in a process, so run several of them, of other shapes, before measuring.
 """
@@ -52,18 +53,19 @@ def main() -> None:
         for layer in layers:
             warm(*layer, args.kernels)
         return
+    if args.table:
+        TABLE.write_text(table(table_rows(args.rows)), encoding="utf-8")
+        return
     wrong = []
-    if not args.table:
-        roof, where = copy_roof(), environment(args.commit)
-        for layer in layers:
-            found = list(measure(*layer, args.kernels))
-            show(found)
-            wrong += [row for row in found if row["error"] >= TOLERANCE]
-            found = [row for row in found if row["error"] < TOLERANCE]
-            with args.rows.open("a") as file:
-                for row in found:
-                    file.write(json.dumps(row | {"roof_pct": round(100 * row["gbps"] / roof, 1)} | where) + "\n")
-    TABLE.write_text(table(table_rows(args.rows)), encoding="utf-8")
+    roof, where = copy_roof(), environment(args.commit)
+    for layer in layers:
+        found = list(measure(*layer, args.kernels))
+        show(found)
+        wrong += [row for row in found if row["error"] >= TOLERANCE]
+        found = [row for row in found if row["error"] < TOLERANCE]
+        with args.rows.open("a") as file:
+            for row in found:
+                file.write(json.dumps(row | {"roof_pct": round(100 * row["gbps"] / roof, 1)} | where) + "\n")
     if wrong:
         raise SystemExit(f"products that are wrong, and left out: {wrong}")
 
@@ -157,13 +159,13 @@ def table(rows: list[dict]) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kernels = sorted({kernel for rows in KERNELS.values() for kernel in rows})
-    parser.add_argument("--rows", type=Path, help="JSON-lines file to append to, and to write the table from")
+    parser.add_argument("--rows", type=Path, help="JSON-lines file to append to, or to write the table from")
     parser.add_argument("--formats", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split("x"))), default=SHAPES)
     parser.add_argument("--patterns", nargs="+")
     parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels)
     parser.add_argument("--warm", action="store_true", help="only compile")
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--table", action="store_true", help="write the table from the rows, and measure nothing")
     parser.add_argument("--commit", help="what to record where there is no git checkout")
     args = parser.parse_args()
     if not args.warm and not args.rows:

@@ -4,7 +4,7 @@ A unit is a tile of 128 rows by 256 columns. A program has a multiprocessor to i
 a tile before the next tile. Two groups of 8 warps each own a tile in shared memory, clear it and scatter half of the blocks into it;
 4 warps multiply, wgmma with both operands in shared memory, and store y; x comes by TMA, a piece of a block's columns at a time.
 `ready` says that a piece is there, `full` that a tile holds its block, `empty` that it has been multiplied. A tile whose blocks several
-programs share is summed by the last of them to arrive.
+programs share is summed as parts.py says.
 """
 
 import torch
