@@ -4,7 +4,7 @@ python benchmarks/plot.py benchmarks/results/h100.jsonl out.svg     the plot
 python benchmarks/plot.py benchmarks/results/h100.jsonl             a Markdown table on standard output
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from rows import load, named
@@ -24,9 +24,13 @@ ROWS = [1, 2, 4, 8]
 
 
 def main() -> None:
-    found = matmul_rows(Path(sys.argv[1]))
-    if len(sys.argv) > 2:
-        draw(found, sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="a JSON-lines file")
+    parser.add_argument("out", nargs="?", help="the plot, .svg or .png; without it a table is printed")
+    args = parser.parse_args()
+    found = matmul_rows(args.rows)
+    if args.out:
+        draw(found, args.out)
     else:
         print(table(found))
 

@@ -1,9 +1,9 @@
 """Draw how a format's fastest kernel compares with cuBLAS by rows of x, a panel to a format, and where it crosses one.
 
-python benchmarks/plot_batch.py benchmarks/results/paths-h100.jsonl benchmarks/results/batch-h100.jsonl out.svg [14336x4096]
+python benchmarks/plot_batch.py benchmarks/results/paths-h100.jsonl benchmarks/results/batch-h100.jsonl out.svg [--shape 14336x4096]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from rows import load, named
@@ -50,6 +50,9 @@ def draw(found: dict, path: str, shape: tuple[int, int]) -> None:
 
 
 if __name__ == "__main__":
-    *results, out = [name for name in sys.argv[1:] if not name[0].isdigit()]
-    shape = sys.argv[-1] if sys.argv[-1] != out else "14336x4096"
-    draw(batch_rows(*map(Path, results)), out, tuple(map(int, shape.split("x"))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", type=Path, help="JSON-lines files")
+    parser.add_argument("out", help="the plot, .svg or .png")
+    parser.add_argument("--shape", type=lambda text: tuple(map(int, text.split("x"))), default=(14336, 4096))
+    args = parser.parse_args()
+    draw(batch_rows(*args.rows), args.out, args.shape)

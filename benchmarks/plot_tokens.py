@@ -3,7 +3,7 @@
 python benchmarks/plot_tokens.py benchmarks/results/tokens-h100.jsonl out.svg
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from rows import load
@@ -53,4 +53,8 @@ def by_batch(axes, found: dict, sizes: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    draw(token_rows(Path(sys.argv[1])), sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="a JSON-lines file")
+    parser.add_argument("out", help="the plot, .svg or .png")
+    args = parser.parse_args()
+    draw(token_rows(args.rows), args.out)

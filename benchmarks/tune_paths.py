@@ -37,7 +37,7 @@ KERNELS = {  # format -> kernel -> rows of x
     "sell": {"walk": FEW, "expand": MANY},
     "nm": {"pick": FEW, "expand": MANY},
     "fragment": {"mma": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], "expand": MANY[4:]},
-    "tile": {"batch": [8, 16, 32, 64, 128, 256], "expand": MANY[2:]},
+    "tile": {"batch": [8, 16, 32, 64, 128, 256, 512], "expand": MANY[2:]},
 }
 TIMED_MS = 6
 

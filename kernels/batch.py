@@ -233,6 +233,7 @@ def multiply(
         x_desc = TensorDescriptor.from_tensor(part, [M, 64], SHARED.value)
         U = units(tiles, B, M, multiprocessors(x.device))
         programs = triton.cdiv(tiles * B, U)
+        # whole tiles, or parts that the last program to arrive adds here, or a kernel of its own later: see parts.py
         SUM = "whole" if U % B == 0 else "later" if M == MOST or B > LATER * U else "here"
         room = y if SUM == "whole" else parts.room(tiles, programs, ROWS.value, M, x.device)
         _batch_kernel[(programs,)](

@@ -75,12 +75,13 @@ def _add_kernel(
 ):  # fmt: skip
     let_next_start(EARLY)
     n = tl.program_id(0) * N_ROWS + tl.arange(0, N_ROWS)
-    m = tl.program_id(1) * 8 + tl.arange(0, 8)
+    octet, e = tl.program_id(1), tl.arange(0, 8)
+    m = octet * 8 + e
     tile = tl.program_id(0) * N_ROWS // ROWS
     begin = tile * B // U
     count = (tile * B + B - 1) // U - begin + 1
-    part = parts_ptr + (begin + tile).to(tl.int64) * (ROWS * M) + tl.program_id(1) * (ROWS * 8)
-    part += (n % ROWS * 8)[:, None] + (m % 8)[None, :]
+    part = parts_ptr + (begin + tile).to(tl.int64) * (ROWS * M) + octet * (ROWS * 8)
+    part += (n % ROWS * 8)[:, None] + e[None, :]
     total = tl.zeros([N_ROWS, 8], tl.float32)
     inputs_ready(EARLY)
     for i in range(0, count, PARTS):
