@@ -44,7 +44,7 @@ STAGES = gl.constexpr(3)  # pieces of x in shared memory
 REGISTERS = gl.constexpr(72)  # of a thread that scatters; those that multiply have the rest
 CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}  # rows of x -> chunks of 64 columns in a piece
 JOIN = {16: 1, 32: 1, 64: 2, 128: 6}  # -> units that adding the parts of a tile takes as long as: H100, 14336 x 4096
-LATER = 4  # programs to a tile from which its parts are added by a kernel of its own, as those of 128 rows always are: H100, 4096 and 1024 x 4096
+LATER = 4  # programs to a tile past which a kernel of its own adds their parts, as it always does for 128 rows: H100, 4096 and 1024 x 4096
 
 
 @gluon.jit
@@ -235,12 +235,12 @@ def multiply(
         programs = triton.cdiv(tiles * B, U)
         # whole tiles, or parts that the last program to arrive adds here, or a kernel of its own later: see parts.py
         SUM = "whole" if U % B == 0 else "later" if M == MOST or B > LATER * U else "here"
-        room = y if SUM == "whole" else parts.room(tiles, programs, ROWS.value, M, x.device)
+        sums = y if SUM == "whole" else parts.allocate(tiles, programs, ROWS.value, M, x.device)
         _batch_kernel[(programs,)](
-            x_desc, *weight, y if bias is None else bias, y[i:], room, arrived,
+            x_desc, *weight, y if bias is None else bias, y[i:], sums, arrived,
             N, part.shape[0], triton.cdiv(N, 64), B, tiles * B, U,
             M=M, CHUNKS=CHUNKS[M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SUM=SUM, **early, num_warps=4,
         )  # fmt: skip
         if SUM == "later":
-            parts.add(room, y[i : i + MOST], bias, ROWS.value, M, B, U)
+            parts.add(sums, y[i : i + MOST], bias, ROWS.value, M, B, U)
     return y

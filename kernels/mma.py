@@ -5,8 +5,8 @@ thread, by rows of x in shared memory. A fragment weight is stored as those regi
 36 bytes of it to shared memory, some steps ahead, and reads them back when their turn comes; together the threads copy x.
 
 A unit is a step of a tile, 64 rows for every four warps. A program takes U units one after the other, all of a tile before the next:
-whole tiles on large layers, a share of one on small ones. A tile that several programs share is summed as parts.py
-says.
+whole tiles on large layers, a share of one on small ones. A tile that several programs share is
+summed as parts.py says.
 """
 
 import functools
@@ -209,15 +209,15 @@ def multiply(
         T, tiles = triton.cdiv(K, 64), triton.cdiv(N, 16 * warps)
         programs = triton.cdiv(tiles * T, U)
         split = U % T != 0
-        room = parts.room(tiles, programs, 16 * warps, M, x.device) if split else y
+        sums = parts.allocate(tiles, programs, 16 * warps, M, x.device) if split else y
         _mma_kernel[(programs,)](
-            part, values.view(torch.int32), codes, y if bias is None else bias, y[i:], room,
+            part, values.view(torch.int32), codes, y if bias is None else bias, y[i:], sums,
             N, triton.cdiv(K, 8), part.shape[0], x.stride(0) // 8, triton.cdiv(N, 64), T, tiles * T, U,
             M=M, STAGES=STAGES[warps][M], DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SPLIT=split,
             **instructions(M, x.dtype), **early, num_warps=warps,
         )  # fmt: skip
         if split:
-            parts.add(room, y[i : i + MOST], bias, 16 * warps, M, T, U)
+            parts.add(sums, y[i : i + MOST], bias, 16 * warps, M, T, U)
     return y
 
 

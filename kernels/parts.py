@@ -21,7 +21,7 @@ PARTS = tl.constexpr(8)  # that a thread of `add` asks for before it adds them
 N_ROWS = tl.constexpr(64)  # of the weight, for a program of `add`, with eight of x
 
 
-def room(tiles: int, programs: int, rows: int, M: int, device: torch.device) -> torch.Tensor:
+def allocate(tiles: int, programs: int, rows: int, M: int, device: torch.device) -> torch.Tensor:
     """For the parts of tiles of [rows, M]."""
     return torch.empty((programs + tiles) * rows * M, dtype=torch.float32, device=device)
 

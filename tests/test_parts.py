@@ -31,8 +31,8 @@ def test_parts_of_each_tile_are_added(N, rows, M, x_rows, B, U, dtype):
     torch.manual_seed(0)
     tiles = -(-N // rows)
     programs = -(-tiles * B // U)
-    room = parts.room(tiles, programs, rows, M, torch.device(DEVICE)).fill_(float("nan"))
-    of = room.view(-1, M // 8, rows, 8)
+    sums = parts.allocate(tiles, programs, rows, M, torch.device(DEVICE)).fill_(float("nan"))
+    of = sums.view(-1, M // 8, rows, 8)
     want = torch.zeros(tiles, rows, M, dtype=torch.float64, device=DEVICE)
     for program in range(programs):
         units = range(program * U, min(program * U + U, tiles * B))
@@ -43,7 +43,7 @@ def test_parts_of_each_tile_are_added(N, rows, M, x_rows, B, U, dtype):
     want = want.view(-1, M)[:N, :x_rows].t()
     for bias in (None, torch.randn(N, device=DEVICE).to(dtype)):
         y = torch.empty(x_rows, N, dtype=dtype, device=DEVICE)
-        parts.add(room, y, bias, rows, M, B, U)
+        parts.add(sums, y, bias, rows, M, B, U)
         assert relative_error(y, want if bias is None else want + bias) < TOLERANCE[dtype]
 
 

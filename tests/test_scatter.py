@@ -44,19 +44,20 @@ def check_tiles_come_first(asm, size, known=()):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "M", "sum"),
+    ("dtype", "M", "bias", "sum"),
     [
-        (gl.bfloat16, 16, "here"),
-        (gl.float16, 32, "later"),
-        (gl.bfloat16, 64, "here"),
-        (gl.float16, 128, "whole"),
-        (gl.bfloat16, 128, "later"),
+        (gl.bfloat16, 16, True, "here"),
+        (gl.float16, 32, True, "later"),
+        (gl.bfloat16, 64, True, "here"),
+        (gl.float16, 128, True, "whole"),
+        (gl.float16, 128, False, "whole"),
+        (gl.bfloat16, 128, True, "later"),
     ],
 )
-def test_batch_compiles(dtype, M, sum):
-    bias = M < 128  # there ptxas spills with one: the registers are few
+def test_batch_compiles(dtype, M, bias, sum):
     asm = compiled(batch._batch_kernel, dtype, M=M, CHUNKS=batch.CHUNKS[M], BIAS=bias, SUM=sum, EARLY=True)
-    assert "STL" not in asm["sass"]  # what spills is what scatters, and that costs up to 15 %: H100, 14336 x 4096
+    # ptxas spills what scatters if what multiplies needs too many registers: so far it does with 128 rows and a bias
+    assert (M, bias, sum) == (128, True, "whole") or "STL" not in asm["sass"]
     assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
     assert "setmaxnreg" in asm["ptx"]
     assert "griddepcontrol.wait" in asm["ptx"]
