@@ -14,7 +14,6 @@ RUNS = 8  # at a time
 FAR = tl.constexpr(15)  # the largest distance between two slots
 MOST = tl.constexpr(32)  # more steps than any block needs
 STEP_BYTES, EXTRA_BYTES = tl.constexpr(2560), tl.constexpr(4)  # with 16-bit values
-AHEAD = 4  # steps that the kernels read past the last
 
 
 @triton.jit
@@ -163,8 +162,8 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         counts[1] += -counts[1] % 4  # extras come in fours
         starts, extra_starts = torch.nn.functional.pad(counts.cumsum(1), (1, 0)).to(torch.int32)
         steps, more = counts.sum(1).tolist()
-        values = torch.zeros((steps + AHEAD) * 1024, dtype=weight.dtype, device=weight.device)
-        gaps = torch.zeros((steps + AHEAD) * 128, dtype=torch.int32, device=weight.device)
+        values = torch.zeros(steps * 1024, dtype=weight.dtype, device=weight.device)
+        gaps = torch.zeros(steps * 128, dtype=torch.int32, device=weight.device)
         extras = torch.zeros(more, dtype=weight.dtype, device=weight.device)
         places = torch.full((more,), -1, dtype=torch.int16, device=weight.device)
         _fill_kernel[(blocks,)](

@@ -1,10 +1,12 @@
 """y = the sum of what several programs have of a tile, plus bias.
 
-Where a layer has fewer tiles than the GPU has multiprocessors, `batch` and `mma` share a tile's columns among programs, U units to each of
-B to a tile. Each stores its sums in float32: program i has part i + t of tile t, [M / 8, ROWS, 8]. They are added in order, the same y every time,
+Where a layer has not as many tiles as the GPU has multiprocessors, `batch` and `mma` share the blocks of a tile. Of the blocks that helpers
+have of each tile, `lent`, each helper takes `load` units, on through all tiles, and stores its sums in float32: helper i has part i + t of
+tile t, [M / 8, ROWS, 8]. They are added in order, the same y every time,
 
-- by the last program to arrive, while others still work (`join`), or
-- by a kernel of its own (`add`), where the parts are so large that one multiprocessor would read them longer than a launch takes.
+- by the owner of the tile, who has its other blocks and waits for theirs (`collect`), or
+- where nobody owns a tile, by a kernel of its own (`add`): where the parts are so large or so many that one multiprocessor would read
+  them longer than a launch takes.
 """
 
 import torch
@@ -14,16 +16,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from dlpkit.kernels.early import early_start, inputs_ready, let_next_start
-from dlpkit.kernels.product import finish
 from dlpkit.kernels.scatter import barrier, opaque
 
 PARTS = tl.constexpr(8)  # that a thread of `add` asks for before it adds them
 N_ROWS = tl.constexpr(64)  # of the weight, for a program of `add`, with eight of x
+WAIT = gl.constexpr("""{ .reg .pred p; .reg .b32 there;
+    again: ld.acquire.gpu.global.b32 there, [$1]; setp.lt.s32 p, there, $2; @p bra again; mov.b32 $0, 0; }""")
 
 
-def allocate(tiles: int, programs: int, rows: int, M: int, device: torch.device) -> torch.Tensor:
+def allocate(tiles: int, helpers: int, rows: int, M: int, device: torch.device) -> torch.Tensor:
     """For the parts of tiles of [rows, M]."""
-    return torch.empty((programs + tiles) * rows * M, dtype=torch.float32, device=device)
+    return torch.empty((helpers + tiles) * rows * M, dtype=torch.float32, device=device)
 
 
 @gluon.jit
@@ -41,7 +44,7 @@ def _of(part, tile):
 
 @gluon.jit
 def put(acc, tile, parts_ptr):
-    """Store what this program has of a tile."""
+    """Store what this helper has of a tile."""
     ROWS: gl.constexpr = acc.shape[0]
     M: gl.constexpr = acc.shape[1]
     part = parts_ptr + opaque(gl.program_id(0) + tile).to(gl.int64) * (ROWS * M)
@@ -50,27 +53,37 @@ def put(acc, tile, parts_ptr):
 
 
 @gluon.jit
-def join(acc, room, tile, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, B, U, BIAS: gl.constexpr):
-    """Store a part, and if all others of the tile are there, y. `arrived` counts them, and is zero again at the end."""
-    ROWS: gl.constexpr = acc.shape[0]
-    M: gl.constexpr = acc.shape[1]
+def lend(acc, tile, parts_ptr, arrived_ptr):
+    """Store what this helper has of a tile, and count it for the owner."""
     put(acc, tile, parts_ptr)
     barrier()
-    begin = tile * B // U
-    count = (tile * B + B - 1) // U - begin + 1
-    if gl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu") == count - 1:
-        gl.store(arrived_ptr + tile, 0)
-        part = parts_ptr + opaque(begin + tile).to(gl.int64) * (ROWS * M)
-        total = gl.zeros_like(acc).reshape([ROWS, M // 8, 8])
-        for i in range(count):
-            total += gl.load(_of(part + i * (ROWS * M), total), cache_modifier=".cg")
-        total = gl.convert_layout(total.reshape([ROWS, M]), acc.type.layout, assert_trivial=True)
-        finish(total, room, tile, bias_ptr, y_ptr, N, x_rows, BIAS)
+    gl.atomic_add(arrived_ptr + tile, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def collect(acc, tile, lent, load, parts_ptr, arrived_ptr):
+    """An owner's sums and those of its helpers, once all are there. `arrived` is zero again at the end."""
+    ROWS: gl.constexpr = acc.shape[0]
+    M: gl.constexpr = acc.shape[1]
+    AT_ONCE: gl.constexpr = 64 // M  # parts, as registers allow
+    begin = tile * lent // load
+    count = (tile * lent + lent - 1) // load - begin + 1
+    gl.inline_asm_elementwise(WAIT, "=r,l,r", [arrived_ptr + tile, count], dtype=gl.int32, is_pure=False, pack=1)
+    part = parts_ptr + opaque(begin + tile).to(gl.int64) * (ROWS * M)
+    total = acc.reshape([ROWS, M // 8, 8])
+    for i in range(0, count, AT_ONCE):
+        for j in gl.static_range(AT_ONCE):
+            total += gl.load(
+                _of(part + (i + j) * (ROWS * M), total), mask=i + j < count, other=0.0, cache_modifier=".cg"
+            )
+    barrier()
+    gl.store(arrived_ptr + tile, 0)
+    return gl.convert_layout(total.reshape([ROWS, M]), acc.type.layout, assert_trivial=True)
 
 
 @triton.jit
 def _add_kernel(
-    parts_ptr, bias_ptr, y_ptr, N, x_rows, B, U,
+    parts_ptr, bias_ptr, y_ptr, N, x_rows, lent, load,
     ROWS: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     let_next_start(EARLY)
@@ -78,8 +91,8 @@ def _add_kernel(
     octet, e = tl.program_id(1), tl.arange(0, 8)
     m = octet * 8 + e
     tile = tl.program_id(0) * N_ROWS // ROWS
-    begin = tile * B // U
-    count = (tile * B + B - 1) // U - begin + 1
+    begin = tile * lent // load
+    count = (tile * lent + lent - 1) // load - begin + 1
     part = parts_ptr + (begin + tile).to(tl.int64) * (ROWS * M) + octet * (ROWS * 8)
     part += (n % ROWS * 8)[:, None] + e[None, :]
     total = tl.zeros([N_ROWS, 8], tl.float32)
@@ -93,10 +106,12 @@ def _add_kernel(
     tl.store(y, total, mask=(m[None, :] < x_rows) & (n[:, None] < N))
 
 
-def add(parts: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, rows: int, M: int, B: int, U: int) -> None:
-    """Parts of [rows, M], of tiles of B units where a program takes U -> y [up to M, N]."""
+def add(
+    parts: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, rows: int, M: int, lent: int, load: int
+) -> None:
+    """Parts of [rows, M] -> y [up to M, N]."""
     x_rows, N = y.shape
     _add_kernel[triton.cdiv(N, N_ROWS.value), triton.cdiv(x_rows, 8)](
-        parts, y if bias is None else bias, y, N, x_rows, B, U,
+        parts, y if bias is None else bias, y, N, x_rows, lent, load,
         ROWS=rows, M=M, BIAS=bias is not None, **early_start(y.device), num_warps=4,
     )  # fmt: skip

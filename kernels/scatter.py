@@ -1,8 +1,8 @@
 """Blocks of a tile weight to dense tiles of shared memory, by threads that walk its lanes: see formats/tile.py for the layout.
 
-A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, four steps ahead, on into the next block and past
-the last, and stores every value at its place of a tile [256 columns][64 rows]: one 128-byte line to a column, with the swizzle of 128 bytes that wgmma
-reads, 16-byte chunk i of line l at i ^ (l % 8). The 32 rows of a warp lie in 32 different banks of a line, and as all of them stand
+A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, as many steps ahead as its ring has places, on into the
+next block, and stores every value at its place of a tile [256 columns][64 rows]: one 128-byte line to a column, with the swizzle of 128
+bytes that wgmma reads, 16-byte chunk i of line l at i ^ (l % 8). The 32 rows of a warp lie in 32 different banks of a line, and as all of them stand
 at about the same position their lines mostly agree in l % 8. While some are past a multiple of 32 positions and others are not, a store
 meets some bank twice: 1.8 cycles to a store on average at 50 %, 1.9 at 70 %, see tests/test_scatter.py.
 
@@ -24,14 +24,14 @@ COLUMNS = gl.constexpr(256)  # of a block
 
 
 def _step_ptx() -> str:
-    """Eight values and their gaps to eight stores; $0 is the position after them, four times."""
+    """Eight values and their gaps to eight stores; $1 is the position before them, $0 that after them, four times."""
     lines = [
         ".reg .b32 c, e, s, t, u, high, low, at; .reg .b16 v<8>;",
-        "mov.b32 {v0, v1}, $1; mov.b32 {v2, v3}, $2; mov.b32 {v4, v5}, $3; mov.b32 {v6, v7}, $4; mov.b32 c, $6;",
+        "mov.b32 {v0, v1}, $2; mov.b32 {v2, v3}, $3; mov.b32 {v4, v5}, $4; mov.b32 {v6, v7}, $5; mov.b32 c, $1;",
     ]
     for half in range(2):
         lines += [
-            f"shr.u32 e, $5, {4 * half}; and.b32 e, e, 0x0f0f0f0f; mad.lo.u32 c, e, $7, c;",
+            f"shr.u32 e, $6, {4 * half}; and.b32 e, e, 0x0f0f0f0f; mad.lo.u32 c, e, $7, c;",
             "shl.b32 t, c, 2; shr.u32 s, c, 6; shr.u32 u, c, 1;",
             "and.b32 s, s, 0x03030303; xor.b32 s, s, $9; and.b32 high, t, 0x7c7c7c7c; or.b32 high, high, s;",
             "and.b32 u, u, 0x70707070; xor.b32 u, u, $8; and.b32 low, t, 0x80808080; xor.b32 low, low, u;",
@@ -43,15 +43,20 @@ def _step_ptx() -> str:
     return "{" + "\n".join([*lines, "mov.b32 $0, c;"]) + "}"
 
 
-def _read_ptx(ahead: int) -> str:
-    """The slots of a lane `ahead` steps on. Not .nc: such loads `_pin` would not hold."""
-    return f"""ld.global.L1::no_allocate.v4.b32 {{$0, $1, $2, $3}}, [$5 + {2048 * ahead}];
-        ld.global.L1::no_allocate.b32 $4, [$6 + {512 * ahead}];"""
+def _read_ptx() -> str:
+    """A step of a lane into the registers where it stays, if $13 is positive; $12 is 128 times its number, plus the lane. Not .nc: such
+    loads `_pin` would not hold.
+    """
+    return """{ .reg .pred p; .reg .b64 values, gaps; setp.gt.s32 p, $13, 0;
+        mad.wide.s32 values, $12, 16, $10; mad.wide.s32 gaps, $12, 4, $11;
+        @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [values];
+        @p ld.global.L1::no_allocate.b32 $4, [gaps]; }"""
 
 
 def _zero_ptx(threads: int) -> str:
-    """Sixteen times 16 bytes, so that all threads together clear their tiles."""
-    stores = "".join(f"st.shared.v4.b32 [$1 + {16 * threads * i}], {{z, z, z, z}};" for i in range(16))
+    """Eight times 16 bytes, so that all threads together clear half of their tiles' columns."""
+    at = [tile * 32768 + i for tile in range(threads // 128) for i in range(0, 16384, 16 * threads)]
+    stores = "".join(f"st.shared.v4.b32 [$1 + {i}], {{z, z, z, z}};" for i in at)
     return f"{{ .reg .b32 z; mov.b32 z, 0; {stores} mov.b32 $0, 0; }}"
 
 
@@ -71,7 +76,7 @@ def _put_ptx() -> str:
 
 
 STEP = gl.constexpr(_step_ptx())
-READ0, READ1, READ2, READ3 = (gl.constexpr(_read_ptx(ahead)) for ahead in range(4))
+READ = gl.constexpr(_read_ptx())
 ZERO4, ZERO8 = gl.constexpr(_zero_ptx(128)), gl.constexpr(_zero_ptx(256))
 EXTRAS, PUT = gl.constexpr(_extras_ptx()), gl.constexpr(_put_ptx())
 MORE = gl.constexpr(512)  # extras of 64 rows that their threads read at a time
@@ -79,6 +84,8 @@ TABLE = gl.constexpr("""{ .reg .b32 l; .reg .b64 at; mov.u32 l, %laneid; min.s32
     ld.global.b32 $0, [at]; }""")
 OF_LANE = gl.constexpr("""{ .reg .pred p; .reg .b32 v; mov.u32 v, %laneid; setp.eq.u32 p, v, $2; selp.b32 v, $1, 0, p;
     redux.sync.max.u32 $0, v, 0xffffffff; }""")
+ZERO_NOW = gl.constexpr("""{ .reg .pred p; .reg .b32 lanes; mov.u32 lanes, %laneid; setp.eq.u32 p, lanes, 0;
+    vote.sync.ballot.b32 lanes, p, 0xffffffff; shr.u32 $0, lanes, 1; }""")
 
 
 @gluon.jit
@@ -108,28 +115,6 @@ def walker(thread, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _read(stream, AHEAD: gl.constexpr):
-    PTX: gl.constexpr = READ0 if AHEAD == 0 else READ1 if AHEAD == 1 else READ2 if AHEAD == 2 else READ3
-    return gl.inline_asm_elementwise(
-        PTX, "=&r,=&r,=&r,=&r,=&r,l,l", [stream[0], stream[1]],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _past(stream, steps):
-    return stream[0] + steps * 512, stream[1] + steps * 128
-
-
-@gluon.jit
-def start(values_ptr, gaps_ptr, first, lane):
-    """A lane's stream, (values, gaps) past what has been read, and its first four steps."""
-    at = first.to(gl.int64) * 128 + lane
-    stream = values_ptr + at * 4, gaps_ptr + at
-    return _past(stream, 4), _read_four(stream)
-
-
-@gluon.jit
 def load_table(p, last):
     """The words p[0] to p[last], at most 32, one to a lane: a word that all lanes load, ptxas would wait for at once."""
     return gl.inline_asm_elementwise(TABLE, "=r,l,r", [p, last], dtype=gl.int32, is_pure=False, pack=1)
@@ -139,6 +124,12 @@ def load_table(p, last):
 def of_lane(table, i):
     """Word i of a table, not negative, in a register that all lanes share."""
     return gl.inline_asm_elementwise(OF_LANE, "=r,r,r", [table, i], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def zero_now():
+    """0, and ptxas does not know it: what needs it is not moved up to where it would wait for memory."""
+    return gl.inline_asm_elementwise(ZERO_NOW, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -159,11 +150,15 @@ def _put(extras, me):
 
 
 @gluon.jit
-def reset(extras, most, me, NUM_WARPS: gl.constexpr):
-    """Clear the tile, all threads together, and store what `read_extras` read of the next block. most: extras of the half that has more."""
+def clear(me, PART: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Clear the first (0) or the last (1) 128 columns of the tile, all threads together."""
     PTX: gl.constexpr = ZERO4 if NUM_WARPS == 4 else ZERO8
-    gl.inline_asm_elementwise(PTX, "=r,r", [me[5]], dtype=gl.int32, is_pure=False, pack=1)
-    barrier()
+    gl.inline_asm_elementwise(PTX, "=r,r", [me[5] + PART * 16384], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def put_first(extras, most, me):
+    """Store what `read_extras` read of the next block. most: extras of the half that has more."""
     if most > 0:  # else ptxas computes the addresses, and so waits for memory, before the tile is cleared
         _put(extras, me)
 
@@ -177,15 +172,6 @@ def put_rest(extras_ptr, places_ptr, extra, more, most, lane, me):
 
 
 @gluon.jit
-def _step(c, slots, me):
-    return gl.inline_asm_elementwise(
-        STEP, "=&r,r,r,r,r,r,r,r,r,r,r",
-        [slots[0], slots[1], slots[2], slots[3], slots[4], c, me[1], me[2], me[3], me[4]],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _pin():
     """Loads are issued on their side of it. ptxas would move them down to where their values are used, and wait there for memory, or up
     before a step, whose own slots are then waited for with theirs.
@@ -196,64 +182,50 @@ def _pin():
 
 
 @gluon.jit
-def _read_four(stream):
+def _read(slots, weight, at, there):
+    """A step, if `there` is positive, into the registers of one that has been stored. weight: values and gaps."""
     _pin()
-    slots = _read(stream, 0), _read(stream, 1), _read(stream, 2), _read(stream, 3)
+    slots = gl.inline_asm_elementwise(
+        READ, "=r,=r,=r,=r,=r,0,1,2,3,4,l,l,r,r", slots + weight + (at, there),
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
     _pin()
     return slots
 
 
 @gluon.jit
-def _four(c, ring, stream, me):
-    """Store the four steps of a ring, and read the four that follow. Once four are there the next four are asked for: a multiprocessor
-    cannot wait for the older of two loads alone.
+def _step(c, slots, me):
+    return gl.inline_asm_elementwise(
+        STEP, "=&r,r,r,r,r,r,r,r,r,r,r", (c,) + slots + me[1:5], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def start(weight, at, steps, PLACES: gl.constexpr):
+    """A ring of the first PLACES steps of a block, or as many as it has. at: 128 times the first step, plus the lane."""
+    ring = ()
+    for i in gl.static_range(PLACES):
+        none = gl.zeros_like(at)
+        ring = ring + (_read((none, none, none, none, none), weight, at + 128 * i, steps - i),)
+    return ring
+
+
+@gluon.jit
+def walk(weight, at, ring, steps, next_at, next_steps, me):
+    """Store all steps of a block, and read in their places those that come after, at last the first of the next block. A step keeps its
+    place: to move it up would be to wait for memory.
     """
-    c = _step(c, ring[0], me)
-    more = _read_four(stream)
-    c = _step(c, ring[1], me)
-    c = _step(c, ring[2], me)
-    return _step(c, ring[3], me), more, _past(stream, 4)
-
-
-@gluon.jit
-def walk(stream, ring, steps, me):
-    """Store all steps of a block, and read the four that follow."""
+    PLACES: gl.constexpr = len(ring)
     c = me[0]
-    for _ in range(0, steps // 8):
-        for _ in gl.static_range(2):  # between two sets of registers
-            c, ring, stream = _four(c, ring, stream, me)
-    left = steps % 8
-    if left > 4:
-        c, more, stream = _four(c, ring, stream, me)
-        ring, stream = _end(c, more, stream, left, me)
-    elif left == 4:
-        for i in gl.static_range(4):
-            c = _step(c, ring[i], me)
-        ring = _read_four(stream)
-        stream = _past(stream, 4)
-    else:
-        ring, stream = _end(c, ring, stream, left, me)
-    return stream, ring
-
-
-@gluon.jit
-def _end(c, ring, stream, left, me):
-    """The last one to three steps of a block, left % 4. Asked bit by bit, as of one choice among three LLVM and ptxas make jump tables."""
-    odd = left % 2 == 1
-    if left % 4 >= 2:
-        if odd:
-            c = _step(c, ring[0], me)
-            c = _step(c, ring[1], me)
-            c = _step(c, ring[2], me)
-            _pin()
-            ring = ring[3], _read(stream, 0), _read(stream, 1), _read(stream, 2)
-        else:
-            c = _step(c, ring[0], me)
-            c = _step(c, ring[1], me)
-            _pin()
-            ring = ring[2], ring[3], _read(stream, 0), _read(stream, 1)
-    elif odd:
-        c = _step(c, ring[0], me)
-        _pin()
-        ring = ring[1], ring[2], ring[3], _read(stream, 0)
-    return ring, _past(stream, left % 4)
+    for done in range(0, gl.maximum(steps, 1), PLACES):
+        left = steps - done
+        at += 128 * PLACES
+        more = left > PLACES
+        then, behind = gl.where(more, at, next_at), gl.where(more, left - PLACES, next_steps)
+        after = ()
+        for i in gl.static_range(PLACES):
+            if left > i:
+                c = _step(c, ring[i], me)
+            after = after + (_read(ring[i], weight, then + 128 * i, behind - i),)
+        ring = after
+    return ring

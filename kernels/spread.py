@@ -12,12 +12,13 @@ from dlpkit.kernels.product import DTYPES
 from dlpkit.kernels.scatter import (
     COLUMNS,
     barrier,
+    clear,
     load_table,
     of_lane,
     opaque,
+    put_first,
     put_rest,
     read_extras,
-    reset,
     start,
     walk,
     walker,
@@ -25,6 +26,7 @@ from dlpkit.kernels.scatter import (
 
 ROWS = gl.constexpr(64)  # of a tile
 UNITS, REGISTERS = 2, 96  # of a program, at most 31; of a thread: H100, 14336 x 4096
+PLACES = gl.constexpr(8)  # of a ring: steps that are read ahead
 
 
 @gluon.jit
@@ -42,13 +44,21 @@ def _spread_kernel(
     first = gl.program_id(0) * U
     count = gl.minimum(U, units - first)
     starts, extra_starts = load_table(starts_ptr + first, count), load_table(extra_starts_ptr + first, count)
-    stream, ring = start(values_ptr, gaps_ptr, of_lane(starts, 0), lane)
+    begin, end = of_lane(starts, 0), of_lane(starts, 1)
+    weight = values_ptr, gaps_ptr
+    ring = start(weight, begin * 128 + lane, end - begin, PLACES)
     extra = of_lane(extra_starts, 0)
     more = of_lane(extra_starts, 1) - extra
     extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
     for i in range(0, count):
-        reset(extras, more, me, 4)
-        stream, ring = walk(stream, ring, of_lane(starts, i + 1) - of_lane(starts, i), me)
+        for part in gl.static_range(2):
+            clear(me, part, 4)
+        barrier()
+        put_first(extras, more, me)
+        steps = end - begin
+        at = begin * 128 + lane
+        begin, end = end, of_lane(starts, gl.minimum(i + 2, count))
+        ring = walk(weight, at, ring, steps, begin * 128 + lane, end - begin, me)
         put_rest(extras_ptr, places_ptr, extra, more, more, lane, me)
         barrier()
         tile = (first + i) // B

@@ -19,7 +19,7 @@ from dlpkit.kernels import parts
 @pytest.mark.skipif(not (torch.cuda.is_available() or runtime.INTERPRET), reason="wants a GPU or Triton's interpreter")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("N", "rows", "M", "x_rows", "B", "U"),
+    ("N", "rows", "M", "x_rows", "lent", "load"),
     [
         (128, 128, 16, 16, 16, 1),  # a tile of sixteen programs
         (300, 128, 32, 29, 7, 3),  # tiles of three and four, the last of 44 rows
@@ -27,23 +27,23 @@ from dlpkit.kernels import parts
         (257, 64, 64, 40, 3, 8),  # more than a tile to a program
     ],
 )
-def test_parts_of_each_tile_are_added(N, rows, M, x_rows, B, U, dtype):
+def test_parts_of_each_tile_are_added(N, rows, M, x_rows, lent, load, dtype):
     torch.manual_seed(0)
     tiles = -(-N // rows)
-    programs = -(-tiles * B // U)
-    sums = parts.allocate(tiles, programs, rows, M, torch.device(DEVICE)).fill_(float("nan"))
+    helpers = -(-tiles * lent // load)
+    sums = parts.allocate(tiles, helpers, rows, M, torch.device(DEVICE)).fill_(float("nan"))
     of = sums.view(-1, M // 8, rows, 8)
     want = torch.zeros(tiles, rows, M, dtype=torch.float64, device=DEVICE)
-    for program in range(programs):
-        units = range(program * U, min(program * U + U, tiles * B))
-        for tile in {unit // B for unit in units}:
+    for helper in range(helpers):
+        units = range(helper * load, min(helper * load + load, tiles * lent))
+        for tile in {unit // lent for unit in units}:
             part = torch.randn(rows, M, device=DEVICE)
-            of[program + tile] = part.view(rows, M // 8, 8).transpose(0, 1)
+            of[helper + tile] = part.view(rows, M // 8, 8).transpose(0, 1)
             want[tile] += part
     want = want.view(-1, M)[:N, :x_rows].t()
     for bias in (None, torch.randn(N, device=DEVICE).to(dtype)):
         y = torch.empty(x_rows, N, dtype=dtype, device=DEVICE)
-        parts.add(sums, y, bias, rows, M, B, U)
+        parts.add(sums, y, bias, rows, M, lent, load)
         assert relative_error(y, want if bias is None else want + bias) < TOLERANCE[dtype]
 
 

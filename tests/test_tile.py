@@ -93,14 +93,30 @@ def test_more_extras_than_are_read_ahead(kernel, M, pinned):
 
 
 @WGMMA
-@pytest.mark.parametrize("blocks", [62, 63, 64, 65, 129])
-def test_a_program_with_more_blocks_than_a_table_holds(blocks, pinned, monkeypatch):
-    """Two groups scatter the blocks of a tile, each by tables of 32."""
+@pytest.mark.parametrize("M", [16, 64])
+@pytest.mark.parametrize(
+    "share",
+    [
+        ("whole", 8, 0, 1, 0, 1),
+        ("whole", 3, 0, 3, 0, 1),  # three tiles to an owner, two to the last
+        ("here", 8, 4, 1, 3, 6),
+        ("here", 4, 5, 2, 4, 7),  # helpers of two tiles and tiles of two helpers
+        ("here", 8, 8, 1, 8, 8),  # an owner of one block
+        ("here", 8, 8, 1, 1, 1),
+        ("later", 0, 11, 1, 9, 7),
+        ("later", 0, 72, 1, 9, 1),
+    ],
+)
+def test_batches_however_they_are_shared(share, M, pinned, monkeypatch):
+    from dlpkit.kernels import batch  # wants Gluon
+
     pinned("batch")
-    monkeypatch.setattr("dlpkit.kernels.batch.units", lambda *of: blocks)
-    weight = sparse(128, 256 * blocks, "0.6")
-    x = torch.randn(8, 256 * blocks, dtype=weight.dtype, device=DEVICE)
-    assert relative_error(tile.pack(weight).matmul(x), x.double() @ weight.double().t()) < TOLERANCE[weight.dtype]
+    monkeypatch.setattr(batch, "shares", lambda *of: batch.Shares(*share))
+    weight = sparse(1000, 2100, "0.6")
+    packed = tile.pack(weight)
+    x = torch.randn(M, 2100, dtype=weight.dtype, device=DEVICE)
+    assert relative_error(packed.matmul(x), x.double() @ weight.double().t()) < TOLERANCE[weight.dtype]
+    assert not packed.arrived.any()
 
 
 @WGMMA

@@ -11,7 +11,7 @@ lanes, the weights in the middle of the run, are **extras**, each with its place
 that keeps as many weights in every row of every block (`0.5@256`) has no padding and few extras, and any other mask fits.
 
     lane    end * 64 + row % 2 * 32 + row // 2: a warp is 32 rows of one parity, whose 16-bit elements lie in 32 different banks
-    values  [block][step][lane][8], blocks row by row, and four steps of zeros, because the kernels read on past the last
+    values  [block][step][lane][8], blocks row by row
     gaps    [block][step][lane] int32, slot j in the four bits from 8 * (j % 4) + 4 * (j // 4): one product sums four distances
     extras  [block][extra], and as long, places: that in the tile, k * 64 + (row // 8 ^ k % 8) * 8 + row % 8; in fours, filled up with zeros
             whose place is -1
@@ -34,15 +34,14 @@ ROWS, COLUMNS = 64, 256  # of a block
 LANES = 2 * ROWS
 FAR = 15  # the largest distance between two slots
 STEP_BYTES, EXTRA_BYTES = 20 * LANES, 4  # with 16-bit values
-AHEAD = 4  # steps that the kernels read past the last
 MOST = 32  # more steps than any block needs
 CHUNK = 2**22  # weights packed, or counted, at a time
 
 
 @dataclass(frozen=True)
 class Tile:
-    values: torch.Tensor  # [(starts[-1] + 4) * 128 * 8], dtype of the weight
-    gaps: torch.Tensor  # [(starts[-1] + 4) * 128] int32
+    values: torch.Tensor  # [starts[-1] * 128 * 8], dtype of the weight
+    gaps: torch.Tensor  # [starts[-1] * 128] int32
     extras: torch.Tensor  # [extra_starts[-1]], dtype of the weight
     places: torch.Tensor  # [extra_starts[-1]] int16
     starts: torch.Tensor  # [blocks + 1] int32, steps before each block
@@ -105,7 +104,6 @@ def pack_ref(weight: torch.Tensor) -> Tile:
     rows = max(1, CHUNK // K // (2 * ROWS)) * 2 * ROWS
     parts = [_pack_rows(part) for part in weight.split(rows)]
     values, gaps, extras, places, steps, more = (torch.cat(t) for t in zip(*parts, strict=True))
-    values, gaps = (torch.nn.functional.pad(t, (0, AHEAD * size)) for t, size in ((values, 8 * LANES), (gaps, LANES)))
     return Tile(values, gaps, extras, places, _starts(steps), _starts(more), _arrived(weight), N, K)
 
 
@@ -186,13 +184,13 @@ def unpack_ref(packed: Tile) -> torch.Tensor:
     T = int(steps.sum())
     block = torch.repeat_interleave(steps)  # [T] block of a step
     slot = torch.arange(8, device=device)
-    gap = (packed.gaps.view(T + AHEAD, LANES, 1)[:T] >> (slot % 4 * 8 + slot // 4 * 4)) & FAR  # [T, LANES, 8]
+    gap = (packed.gaps.view(T, LANES, 1) >> (slot % 4 * 8 + slot // 4 * 4)) & FAR  # [T, LANES, 8]
     walked = torch.nn.functional.pad(gap.sum(2).cumsum(0), (0, 0, 1, 0))  # [T + 1, LANES], all blocks in one walk
     at = gap.cumsum(2) + (walked[:-1] - walked[packed.starts[:-1].long()][block])[:, :, None]
     lane = torch.arange(LANES, device=device)[:, None]
     at = torch.where(lane < ROWS, at, COLUMNS - 1 - at)
     run = block[:, None, None] * ROWS + lane % 32 * 2 + lane % ROWS // 32
-    values = packed.values.view(T + AHEAD, LANES, 8)[:T]
+    values = packed.values.view(T, LANES, 8)
     holds = values.view(BITS[values.element_size()]) != 0
     ordered = torch.zeros(steps.numel() * ROWS, COLUMNS, dtype=values.dtype, device=device)
     ordered[run.expand_as(at)[holds], at[holds]] = values[holds]
