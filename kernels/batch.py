@@ -123,7 +123,9 @@ def _scatter(
     if GROUP:
         place = _next(place, share)
     words = _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B)
-    edges = _edges(words, first_unit < last)
+    place = _next(_next(place, share), share)
+    next_words = _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B)
+    edges, next_edges = _edges(words, first_unit < last), _edges(next_words, first_unit + 2 < last)
     first, extra, more = _of_half(edges, above)
     weight = values_ptr, gaps_ptr
     at = first * 128 + lane
@@ -139,8 +141,8 @@ def _scatter(
         barrier()
         most = gl.maximum(edges[4], edges[6])
         put_first(extras, most, me)
-        next_edges = _edges(words, unit + 2 < last)
-        next_at = _of_half(next_edges, above)[0] * 128 + lane
+        next_first, next_extra, next_more = _of_half(next_edges, above)
+        next_at = next_first * 128 + lane
         ring = walk(weight, at, ring, edges[2], next_at, next_edges[2], me)
         _, extra, more = _of_half(edges, above)
         put_rest(extras_ptr, places_ptr, extra, more, most, lane, me)
@@ -148,11 +150,10 @@ def _scatter(
         barrier()
         mbarrier.arrive(full)
         phase ^= 1
-        _, extra, more = _of_half(next_edges, above)
-        extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
+        extras = read_extras(extras_ptr, places_ptr, next_extra, next_more, lane)
+        edges, next_edges, at = next_edges, _edges(words, unit + 4 < last), next_at
         place = _next(_next(place, share), share)
         words = _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B)
-        edges, at = next_edges, next_at
 
 
 @gluon.jit
