@@ -53,7 +53,7 @@ STAGES = gl.constexpr(3)  # pieces of x in shared memory
 # parts of a tile takes as long as: H100, 14336 x 4096
 REGISTERS = {16: 88, 32: 88, 64: 80, 128: 80}
 CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}
-JOIN = {16: 1, 32: 1, 64: 2, 128: 6}
+JOIN = {16: 1, 32: 1, 64: 1, 128: 6}
 PLACES, LONG = (6, 8), 7  # of a ring, the more where blocks have more steps on average
 LATER = 4  # programs to a tile past which a kernel of its own adds their sums, as it always does for 128 rows: H100, 4096 and 1024 x 4096
 

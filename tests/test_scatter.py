@@ -99,6 +99,12 @@ def test_every_unit_is_some_programs(N, K, M):
     assert most <= B * -(-tiles // 132)  # never more than with whole tiles
 
 
+@pytest.mark.parametrize("M", [16, 32, 64])
+def test_multiprocessors_without_a_tile_help(M):
+    """14336 x 4096: 112 tiles of 16 blocks; measured, 14 units and the addition take less than 16 units."""
+    assert batch.shares(112, 16, M, sms=132) == ("here", 112, 19, 1, 2, 12)
+
+
 @pytest.mark.parametrize(
     ("dtype", "M", "warps"), [(torch.bfloat16, 16, 4), (torch.float16, 32, 4), (torch.bfloat16, 128, 8)]
 )
