@@ -54,7 +54,7 @@ STAGES = gl.constexpr(3)  # pieces of x in shared memory
 REGISTERS = {16: 88, 32: 88, 64: 80, 128: 80}
 CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}
 JOIN = {16: 1, 32: 1, 64: 1, 128: 6}
-PLACES, LONG = (6, 8), 7  # of a ring, the more where blocks have more steps on average
+DEPTHS, LONG = (6, 8), 7  # steps that a ring holds, the more where blocks have more on average
 LATER = 4  # programs to a tile past which a kernel of its own adds their sums, as it always does for 128 rows: H100, 4096 and 1024 x 4096
 
 
@@ -77,18 +77,18 @@ def _begin(share):
 
 
 @gluon.jit
-def _next(place, share):
-    """Those of the unit after."""
-    tile, block = place
+def _next(cell, share):
+    """Those of the unit after that one."""
+    tile, block = cell
     over = block + 1 == share[2]
     return gl.where(over, tile + 1, tile), gl.where(over, 0, block + 1)
 
 
 @gluon.jit
-def _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B):
+def _load_edges(starts_ptr, extra_starts_ptr, cell, share, atoms, B):
     """Where a unit's steps begin and end, and its extras, in the upper 64 rows and in the lower: one word to a lane."""
-    tile = gl.minimum(place[0], (atoms - 1) // 2)
-    upper = tile * 2 * B + place[1] + share[3]
+    tile = gl.minimum(cell[0], (atoms - 1) // 2)
+    upper = tile * 2 * B + cell[1] + share[3]
     lower = gl.where(tile * 2 + 1 < atoms, upper + B, upper)  # without lower rows the upper ones again: never stored
     steps = load_table(starts_ptr + upper, 1), load_table(starts_ptr + lower, 0)
     return steps + (load_table(extra_starts_ptr + upper, 1), load_table(extra_starts_ptr + lower, 1))
@@ -113,26 +113,26 @@ def _of_half(edges, above):
 @gluon.jit
 def _scatter(
     full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, share, atoms, B,
-    GROUP: gl.constexpr, PLACES: gl.constexpr,
+    GROUP: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
     lane, half, me = walker(gl.arange(0, 256, gl.BlockedLayout([1], [32], [8], [0])), GROUP)
     above = half == 0
     full = full.index(GROUP)
     first_unit, last = share[0] + GROUP, share[1]
-    place = _begin(share)
+    cell = _begin(share)
     if GROUP:
-        place = _next(place, share)
-    words = _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B)
-    place = _next(_next(place, share), share)
-    next_words = _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B)
+        cell = _next(cell, share)
+    words = _load_edges(starts_ptr, extra_starts_ptr, cell, share, atoms, B)
+    cell = _next(_next(cell, share), share)
+    next_words = _load_edges(starts_ptr, extra_starts_ptr, cell, share, atoms, B)
     edges, next_edges = _edges(words, first_unit < last), _edges(next_words, first_unit + 2 < last)
     first, extra, more = _of_half(edges, above)
     weight = values_ptr, gaps_ptr
     at = first * 128 + lane
-    ring = start(weight, at, edges[2], PLACES)
+    ring = start(weight, at, edges[2], DEPTH)
     extras = read_extras(extras_ptr, places_ptr, extra, more, lane)
-    place = _next(_next(place, share), share)
-    words = _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B)
+    cell = _next(_next(cell, share), share)
+    words = _load_edges(starts_ptr, extra_starts_ptr, cell, share, atoms, B)
     phase = 1
     for unit in range(first_unit, last, 2):
         for part in gl.static_range(2):
@@ -152,8 +152,8 @@ def _scatter(
         phase ^= 1
         extras = read_extras(extras_ptr, places_ptr, next_extra, next_more, lane)
         edges, next_edges, at = next_edges, _edges(words, unit + 4 < last), next_at
-        place = _next(_next(place, share), share)
-        words = _load_edges(starts_ptr, extra_starts_ptr, place, share, atoms, B)
+        cell = _next(_next(cell, share), share)
+        words = _load_edges(starts_ptr, extra_starts_ptr, cell, share, atoms, B)
 
 
 @gluon.jit
@@ -180,15 +180,15 @@ def _multiply(
     first_unit, last, width, offset = share
     grid("launch_dependents", EARLY)  # at once: what starts early finds only the multiprocessors that are idle
     grid("wait", EARLY)
-    place = _begin(share)
-    ahead, ahead_unit = place, first_unit  # whose x is fetched next
+    cell = _begin(share)
+    ahead, ahead_unit = cell, first_unit  # whose x is fetched next
     for i in gl.static_range(STAGES):
         _fetch(xs, ready, x_desc, i, offset + ahead[1], ahead_unit < last, i % PIECES, CHUNKS)
         if i % PIECES == PIECES - 1:
             ahead, ahead_unit = _next(ahead, share), ahead_unit + 1
     acc = gl.zeros([ROWS, M], gl.float32, MMA)
     for unit in range(first_unit, last):
-        tile, block = place
+        tile, block = cell
         group = (unit - first_unit) % 2
         begins = (unit == first_unit) | (block == 0)
         ends = (unit == last - 1) | (block == width - 1)
@@ -226,14 +226,14 @@ def _multiply(
             )
             if (i + STAGES) % PIECES == PIECES - 1:
                 ahead, ahead_unit = _next(ahead, share), ahead_unit + 1
-        place = _next(place, share)
+        cell = _next(cell, share)
 
 
 @gluon.jit(do_not_specialize=["helpers", "owned", "lent", "load"])
 def _batch_kernel(
     x_desc, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, bias_ptr, y_ptr, parts_ptr, arrived_ptr,
     N, x_rows, atoms, tiles, B, helpers, owned, lent, load,
-    M: gl.constexpr, CHUNKS: gl.constexpr, REGISTERS: gl.constexpr, PLACES: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr,
+    M: gl.constexpr, CHUNKS: gl.constexpr, REGISTERS: gl.constexpr, DEPTH: gl.constexpr, DTYPE: gl.constexpr, BIAS: gl.constexpr,
     SUM: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     w = gl.allocate_shared_memory(DTYPE, [2, COLUMNS, ROWS], SHARED)
@@ -252,8 +252,8 @@ def _batch_kernel(
     gl.warp_specialize(
         [
             (_multiply, (w, xs, ready, full, empty, x_desc, bias_ptr, y_ptr, parts_ptr, arrived_ptr, N, x_rows, share, helpers, lent, load, CHUNKS, BIAS, SUM, EARLY)),
-            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, share, atoms, B, 0, PLACES)),
-            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, share, atoms, B, 1, PLACES)),
+            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, share, atoms, B, 0, DEPTH)),
+            (_scatter, (full, empty, values_ptr, gaps_ptr, extras_ptr, places_ptr, starts_ptr, extra_starts_ptr, share, atoms, B, 1, DEPTH)),
         ],
         [8, 8], [REGISTERS, REGISTERS],
     )  # fmt: skip
@@ -297,7 +297,7 @@ def multiply(
     weight = values.view(torch.int32), gaps, extras.view(torch.int16), places, starts, extra_starts
     B, tiles = triton.cdiv(K, COLUMNS.value), triton.cdiv(N, ROWS.value)
     steps = gaps.shape[0] // 128 / (starts.shape[0] - 1)  # of a block
-    places = PLACES[0] if steps <= LONG else PLACES[1]
+    depth = DEPTHS[0] if steps <= LONG else DEPTHS[1]
     early = early_start(x.device)
     for i in range(0, x.shape[0], MOST):
         part = x[i : i + MOST]
@@ -308,7 +308,7 @@ def multiply(
         _batch_kernel[(share.helpers + share.owners,)](
             x_desc, *weight, y if bias is None else bias, y[i:], sums, arrived,
             N, part.shape[0], triton.cdiv(N, 64), tiles, B, share.helpers, share.owned, share.lent, share.load,
-            M=M, CHUNKS=CHUNKS[M], REGISTERS=REGISTERS[M], PLACES=places, DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SUM=share.sum,
+            M=M, CHUNKS=CHUNKS[M], REGISTERS=REGISTERS[M], DEPTH=depth, DTYPE=DTYPES[x.dtype], BIAS=bias is not None, SUM=share.sum,
             **early, num_warps=4,
         )  # fmt: skip
         if share.sum == "later":

@@ -1,6 +1,6 @@
 """Blocks of a tile weight to dense tiles of shared memory, by threads that walk its lanes: see formats/tile.py for the layout.
 
-A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, as many steps ahead as its ring has places, on into the
+A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, as many steps ahead as its ring holds, on into the
 next block, and stores every value at its place of a tile [256 columns][64 rows]: one 128-byte line to a column, with the swizzle of 128
 bytes that wgmma reads, 16-byte chunk i of line l at i ^ (l % 8). The 32 rows of a warp lie in 32 different banks of a line, and as all of them stand
 at about the same position their lines mostly agree in l % 8. While some are past a multiple of 32 positions and others are not, a store
@@ -201,10 +201,10 @@ def _step(c, slots, me):
 
 
 @gluon.jit
-def start(weight, at, steps, PLACES: gl.constexpr):
-    """A ring of the first PLACES steps of a block, or as many as it has. at: 128 times the first step, plus the lane."""
+def start(weight, at, steps, DEPTH: gl.constexpr):
+    """A ring, which holds the first DEPTH steps of a block, or as many as it has. at: 128 times the first step, plus the lane."""
     ring = ()
-    for i in gl.static_range(PLACES):
+    for i in gl.static_range(DEPTH):
         none = gl.zeros_like(at)
         ring = ring + (_read((none, none, none, none, none), weight, at + 128 * i, steps - i),)
     return ring
@@ -212,18 +212,18 @@ def start(weight, at, steps, PLACES: gl.constexpr):
 
 @gluon.jit
 def walk(weight, at, ring, steps, next_at, next_steps, me):
-    """Store all steps of a block, and read in their places those that come after, at last the first of the next block. A step keeps its
-    place: to move it up would be to wait for memory.
+    """Store all steps of a block, and read in their stead those that come after, at last the first of the next block. None moves up in
+    the ring: to move what is on its way would be to wait for it.
     """
-    PLACES: gl.constexpr = len(ring)
+    DEPTH: gl.constexpr = len(ring)
     c = me[0]
-    for done in range(0, gl.maximum(steps, 1), PLACES):
+    for done in range(0, gl.maximum(steps, 1), DEPTH):
         left = steps - done
-        at += 128 * PLACES
-        more = left > PLACES
-        then, behind = gl.where(more, at, next_at), gl.where(more, left - PLACES, next_steps)
+        at += 128 * DEPTH
+        more = left > DEPTH
+        then, behind = gl.where(more, at, next_at), gl.where(more, left - DEPTH, next_steps)
         after = ()
-        for i in gl.static_range(PLACES):
+        for i in gl.static_range(DEPTH):
             if left > i:
                 c = _step(c, ring[i], me)
             after = after + (_read(ring[i], weight, then + 128 * i, behind - i),)

@@ -26,7 +26,7 @@ from dlpkit.kernels.scatter import (
 
 ROWS = gl.constexpr(64)  # of a tile
 UNITS, REGISTERS = 2, 96  # of a program, at most 31; of a thread: H100, 14336 x 4096
-PLACES = gl.constexpr(8)  # of a ring: steps that are read ahead
+DEPTH = gl.constexpr(8)  # steps that a ring holds
 
 
 @gluon.jit
@@ -46,7 +46,7 @@ def _spread_kernel(
     starts, extra_starts = load_table(starts_ptr + first, count), load_table(extra_starts_ptr + first, count)
     begin, end = of_lane(starts, 0), of_lane(starts, 1)
     weight = values_ptr, gaps_ptr
-    ring = start(weight, begin * 128 + lane, end - begin, PLACES)
+    ring = start(weight, begin * 128 + lane, end - begin, DEPTH)
     extra = of_lane(extra_starts, 0)
     more = of_lane(extra_starts, 1) - extra
     extras = read_extras(extras_ptr, places_ptr, extra, more, lane)

@@ -43,7 +43,7 @@ def check_tiles_come_first(asm, size, known=()):
     assert not others or min(others) >= size
 
 
-@pytest.mark.parametrize("places", batch.PLACES)
+@pytest.mark.parametrize("depth", batch.DEPTHS)
 @pytest.mark.parametrize(
     ("dtype", "M", "bias", "sum"),
     [
@@ -56,8 +56,8 @@ def check_tiles_come_first(asm, size, known=()):
         (gl.bfloat16, 128, True, "later"),
     ],
 )
-def test_batch_compiles(dtype, M, bias, sum, places):
-    options = {"CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS[M], "PLACES": places}
+def test_batch_compiles(dtype, M, bias, sum, depth):
+    options = {"CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS[M], "DEPTH": depth}
     asm = compiled(batch._batch_kernel, dtype, M=M, BIAS=bias, SUM=sum, EARLY=True, **options)
     assert (M, bias, sum) == (128, True, "whole") or "STL" not in asm[
         "sass"
