@@ -49,13 +49,13 @@ FEWEST, MOST = 16, 128  # rows of x in a launch
 ROWS = gl.constexpr(128)  # of a tile
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 STAGES = gl.constexpr(3)  # pieces of x in shared memory
-# by rows of x: registers of a thread that scatters, those that multiply have the rest; chunks of 64 columns in a piece; units that adding the
-# parts of a tile takes as long as: H100, 14336 x 4096
+# by rows of x: registers of a thread that scatters, those that multiply have the rest; chunks of 64 columns in a piece; units that adding
+# the parts of a tile counts for. Chosen on an H100, 14336 x 4096, as LATER is for 4096 and 1024 x 4096
 REGISTERS = {16: 88, 32: 88, 64: 80, 128: 80}
 CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}
 JOIN = {16: 1, 32: 1, 64: 1, 128: 6}
 DEPTHS, LONG = (6, 8), 7  # steps that a ring holds, the more where blocks have more on average
-LATER = 4  # programs to a tile past which a kernel of its own adds their sums, as it always does for 128 rows: H100, 4096 and 1024 x 4096
+LATER = 4  # programs to a tile past which a kernel of its own adds their sums, as it always does for 128 rows
 
 
 @gluon.jit
@@ -87,7 +87,7 @@ def _next(cell, share):
 @gluon.jit
 def _load_edges(starts_ptr, extra_starts_ptr, cell, share, atoms, B):
     """Where a unit's steps begin and end, and its extras, in the upper 64 rows and in the lower: one word to a lane."""
-    tile = gl.minimum(cell[0], (atoms - 1) // 2)
+    tile = gl.minimum(cell[0], (atoms - 1) // 2)  # past the last unit one that is there: it gets no steps
     upper = tile * 2 * B + cell[1] + share[3]
     lower = gl.where(tile * 2 + 1 < atoms, upper + B, upper)  # without lower rows the upper ones again: never stored
     steps = load_table(starts_ptr + upper, 1), load_table(starts_ptr + lower, 0)
@@ -296,7 +296,7 @@ def multiply(
     x = aligned(x, 64)  # a chunk: what TMA copies must not be wider than what there is
     weight = values.view(torch.int32), gaps, extras.view(torch.int16), places, starts, extra_starts
     B, tiles = triton.cdiv(K, COLUMNS.value), triton.cdiv(N, ROWS.value)
-    steps = gaps.shape[0] // 128 / (starts.shape[0] - 1)  # of a block
+    steps = gaps.shape[0] / 128 / (starts.shape[0] - 1)  # of a block, on average
     depth = DEPTHS[0] if steps <= LONG else DEPTHS[1]
     early = early_start(x.device)
     for i in range(0, x.shape[0], MOST):

@@ -5,8 +5,7 @@ thread, by rows of x in shared memory. A fragment weight is stored as those regi
 36 bytes of it to shared memory, some steps ahead, and reads them back when their turn comes; together the threads copy x.
 
 A unit is a step of a tile, 64 rows for every four warps. A program takes U units one after the other, all of a tile before the next:
-whole tiles on large layers, a share of one on small ones. A tile that several programs share is
-summed as parts.py says.
+whole tiles on large layers, a share of one on small ones. A tile that several programs share is summed as parts.py says.
 """
 
 import functools

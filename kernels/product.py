@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from dlpkit.kernels.scatter import barrier, opaque
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+ROUNDED = gl.constexpr(32)  # rows of y that are rounded at a time
 
 
 def aligned(x: torch.Tensor, columns: int = 8) -> torch.Tensor:
@@ -28,17 +29,17 @@ def grid(WHAT: gl.constexpr, EARLY: gl.constexpr):
 
 
 @gluon.jit
-def _transpose(acc, out, FIRST: gl.constexpr, MOST: gl.constexpr):
-    """Store a tile [ROWS, M] as [M, ROWS] from row FIRST on, MOST rows at a time: sums and what they are rounded to need registers both, and
-    only barriers keep ptxas from rounding all first.
+def _transpose(acc, out, FIRST: gl.constexpr):
+    """Store a tile [ROWS, M] as [M, ROWS] from row FIRST on, a few rows at a time: sums and what they are rounded to need registers both,
+    and only barriers keep ptxas from rounding all first.
     """
     M: gl.constexpr = acc.shape[1]
-    if M > MOST:
+    if M > ROUNDED:
         HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], acc.type.layout.warps_per_cta, [16, M // 2, 16])
         first, second = acc.reshape([acc.shape[0], 2, M // 2]).permute((0, 2, 1)).split()
-        _transpose(gl.convert_layout(first, HALF, assert_trivial=True), out, FIRST, MOST)
+        _transpose(gl.convert_layout(first, HALF, assert_trivial=True), out, FIRST)
         barrier()
-        _transpose(gl.convert_layout(second, HALF, assert_trivial=True), out, FIRST + M // 2, MOST)
+        _transpose(gl.convert_layout(second, HALF, assert_trivial=True), out, FIRST + M // 2)
     else:
         out.slice(FIRST, M).permute((1, 0)).store(acc.to(out.dtype))
 
@@ -53,7 +54,7 @@ def finish(acc, room, tile, bias_ptr, y_ptr, N, x_rows, BIAS: gl.constexpr):
         r = tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
         acc += gl.load(bias_ptr + r, mask=r < N, other=0.0).to(gl.float32)[:, None]
     out = room._reinterpret(room.dtype, [M, ROWS], gl.NVMMASharedLayout(128, 16, rank=2))
-    _transpose(acc, out, 0, 32)
+    _transpose(acc, out, 0)
     barrier()
     ROWS_AT_ONCE: gl.constexpr = gl.num_warps() * 256 // ROWS
     # one at a time and opaque: rows and addresses of all are kept in registers otherwise, and ptxas spills those of other warps

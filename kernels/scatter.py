@@ -2,9 +2,9 @@
 
 A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, as many steps ahead as its ring holds, on into the
 next block, and stores every value at its place of a tile [256 columns][64 rows]: one 128-byte line to a column, with the swizzle of 128
-bytes that wgmma reads, 16-byte chunk i of line l at i ^ (l % 8). The 32 rows of a warp lie in 32 different banks of a line, and as all of them stand
-at about the same position their lines mostly agree in l % 8. While some are past a multiple of 32 positions and others are not, a store
-meets some bank twice: 1.8 cycles to a store on average at 50 %, 1.9 at 70 %, see tests/test_scatter.py.
+bytes that wgmma reads, 16-byte chunk i of line l at i ^ (l % 8). The 32 rows of a warp lie in 32 different banks of a line, and as all of
+them stand at about the same position their lines mostly agree in l % 8. While some are past a multiple of 32 positions and others are
+not, a store meets some bank twice: 1.8 cycles to a store on average at 50 %, 1.9 at 70 %, see tests/test_scatter.py.
 
 Positions are bytes, four to a word. One product by 0x01010101 sums the distances of four slots, and for position c = p * 32 + q, line 8 q + p,
 seven more instructions make the two bytes of all four addresses:

@@ -59,15 +59,14 @@ def check_tiles_come_first(asm, size, known=()):
 def test_batch_compiles(dtype, M, bias, sum, depth):
     options = {"CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS[M], "DEPTH": depth}
     asm = compiled(batch._batch_kernel, dtype, M=M, BIAS=bias, SUM=sum, EARLY=True, **options)
-    assert (M, bias, sum) == (128, True, "whole") or "STL" not in asm[
-        "sass"
-    ]  # ptxas spills nothing, but so far with 128 rows and a bias
+    if (M, bias, sum) != (128, True, "whole"):  # which spills, so far
+        assert "STL" not in asm["sass"]
     assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
     assert "setmaxnreg" in asm["ptx"]
     assert "griddepcontrol.wait" in asm["ptx"]
     check_tiles_come_first(asm, 2**17)
-    # the most extras of two blocks, for both groups: Triton has not dropped what ends the loop over them
-    assert len(re.findall(r"max\.s32", asm["ptx"])) >= 2
+    # the most extras of two halves, for both groups, beside two others: Triton has not dropped what ends the loop over them
+    assert len(re.findall(r"max\.s32", asm["ptx"])) >= 4
 
 
 SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (1024, 4096), (28672, 8192), (128256, 4096), (576, 1536), (1, 8)]
@@ -101,7 +100,7 @@ def test_every_unit_is_some_programs(N, K, M):
 
 @pytest.mark.parametrize("M", [16, 32, 64])
 def test_multiprocessors_without_a_tile_help(M):
-    """14336 x 4096: 112 tiles of 16 blocks; measured, 14 units and the addition take less than 16 units."""
+    """14336 x 4096: 112 tiles of 16 blocks. 14 units to every owner and 12 to every helper, instead of 16 and none."""
     assert batch.shares(112, 16, M, sms=132) == ("here", 112, 19, 1, 2, 12)
 
 

@@ -120,6 +120,18 @@ def test_batches_however_they_are_shared(share, M, pinned, monkeypatch):
 
 
 @WGMMA
+@pytest.mark.parametrize("blocks", [62, 63, 64, 65, 129])
+def test_a_program_with_many_blocks(blocks, pinned, monkeypatch):
+    from dlpkit.kernels import batch  # wants Gluon
+
+    pinned("batch")
+    monkeypatch.setattr(batch, "shares", lambda *of: batch.Shares("whole", 1, 0, 1, 0, 1))
+    weight = sparse(128, 256 * blocks, "0.6")
+    x = torch.randn(8, 256 * blocks, dtype=weight.dtype, device=DEVICE)
+    assert relative_error(tile.pack(weight).matmul(x), x.double() @ weight.double().t()) < TOLERANCE[weight.dtype]
+
+
+@WGMMA
 @pytest.mark.parametrize(("kernel", "M"), [("batch", 4), ("batch", 64)])
 def test_strided_rows(kernel, M, pinned):
     pinned(kernel)
