@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dlpkit.kernels.formats import Packed, nm
+from dlpkit.kernels.formats._operator import ByOperator
 from dlpkit.kernels.runtime import HAS_TRITON, use_cusparselt
 from dlpkit.kernels.storage import check_matrix, check_two_of_four
 
@@ -27,29 +28,14 @@ SIDE = 16  # N and K are multiples of
 
 
 @dataclass(frozen=True)
-class CuSparseLt:
+class CuSparseLt(ByOperator):
     values: torch.Tensor  # N * K * 9 / 16 elements, dtype of the weight
     N: int
     K: int
     dtype: int  # of the values when they were packed, as an index of DTYPES: another one would misread them
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.N, self.K
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes
-
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
-            want = f"x [..., {self.K}] of {self.values.dtype}"
-            raise ValueError(f"cusparselt.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
-        y = torch.ops.dlpkit.cusparselt_matmul(x.reshape(-1, self.K), bias, *self._fields())
-        return y.view(*x.shape[:-1], self.N)
-
-    def dense(self) -> torch.Tensor:
-        return torch.ops.dlpkit.cusparselt_dense(*self._fields())
+    def _runs(self) -> bool:
+        return True  # or `pack` made another format
 
     def _fields(self) -> tuple:
         packed, now = DTYPES[self.dtype], self.values.dtype

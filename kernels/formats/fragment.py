@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dlpkit.kernels.formats._operator import ByOperator
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 from dlpkit.kernels.storage import BITS, check_matrix, check_two_of_four
 
@@ -25,37 +26,17 @@ SIDE = 64  # rows and columns of a step
 
 
 @dataclass(frozen=True)
-class Fragment:
+class Fragment(ByOperator):
     values: torch.Tensor  # [ceil(N / 64) * ceil(K / 64) * 2048], dtype of the weight
     codes: torch.Tensor  # [ceil(N / 64) * ceil(K / 64) * 128] int32
     N: int
     K: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.N, self.K
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.codes.nbytes
-
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
-            want = f"x [..., {self.K}] of {self.values.dtype}"
-            raise ValueError(f"fragment.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
-        if not self._kernels():
-            return torch.nn.functional.linear(x, unpack_ref(self), bias)
-        y = torch.ops.dlpkit.fragment_matmul(x.reshape(-1, self.K), bias, *self._fields())
-        return y.view(*x.shape[:-1], self.N)
-
-    def dense(self) -> torch.Tensor:
-        return torch.ops.dlpkit.fragment_dense(*self._fields()) if self._kernels() else unpack_ref(self)
-
-    def _kernels(self) -> bool:
-        return use_triton(self.values) and self.values.element_size() == 2
-
     def _fields(self) -> tuple:
         return self.values, self.codes, self.N, self.K
+
+    def _decoded(self) -> torch.Tensor:
+        return unpack_ref(self)
 
 
 def pack(weight: torch.Tensor) -> Fragment:

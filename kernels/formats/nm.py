@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dlpkit.kernels import tiles
+from dlpkit.kernels.formats._operator import ByOperator
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 from dlpkit.kernels.storage import BITS, check_matrix
 
@@ -26,7 +27,7 @@ CODE_BITS = {4: 2, 8: 4, 16: 4, 32: 8}  # m -> bits of one position
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(ByOperator):
     values: torch.Tensor  # [G * T * R * S * V], dtype of the weight
     codes: torch.Tensor  # [G * T * R * S] int32
     N: int
@@ -35,14 +36,6 @@ class NM:
     m: int
     rows: int  # R
     segments: int  # S
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.N, self.K
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + self.codes.nbytes
 
     @property
     def step(self) -> int:
@@ -54,24 +47,12 @@ class NM:
         """T, the steps of every lane."""
         return -(-(-(-self.K // self.m) * self.n) // (self.segments * self.step))
 
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
-            want = f"x [..., {self.K}] of {self.values.dtype}"
-            raise ValueError(f"nm.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
-        if not self._kernels():
-            return torch.nn.functional.linear(x, unpack_ref(self), bias)
-        y = torch.ops.dlpkit.nm_matmul(x.reshape(-1, self.K), bias, *self._fields())
-        return y.view(*x.shape[:-1], self.N)
-
-    def dense(self) -> torch.Tensor:
-        return torch.ops.dlpkit.nm_dense(*self._fields()) if self._kernels() else unpack_ref(self)
-
-    def _kernels(self) -> bool:
-        return use_triton(self.values) and self.values.element_size() == 2
-
     def _fields(self) -> tuple:
         grid = self.N, self.K, self.rows, self.segments
         return self.values, self.codes, *grid, self.n, self.m, self.step, self.steps
+
+    def _decoded(self) -> torch.Tensor:
+        return unpack_ref(self)
 
 
 def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0) -> NM:

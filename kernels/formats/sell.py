@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from dlpkit.kernels import tiles
+from dlpkit.kernels.formats._operator import ByOperator
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 from dlpkit.kernels.storage import BITS, check_matrix
 
@@ -38,7 +39,7 @@ SPLITS = (8, 4, 3, 2, 2)  # groups made by each sine component
 
 
 @dataclass(frozen=True)
-class Sell:
+class Sell(ByOperator):
     values: torch.Tensor  # [2 * R * S * pairs[-1]], dtype of the weight
     gaps: torch.Tensor  # [R * S * steps[-1]] int32
     bases: torch.Tensor  # [G * R * S] int16, or int32 for K > 2**15
@@ -50,32 +51,12 @@ class Sell:
     rows: int  # R
     segments: int  # S
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.N, self.K
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.values, self.gaps, self.bases, self.order, self.pairs, self.steps))
-
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
-            want = f"x [..., {self.K}] of {self.values.dtype}"
-            raise ValueError(f"sell.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
-        if not self._kernels():
-            return torch.nn.functional.linear(x, unpack_ref(self), bias)
-        y = torch.ops.dlpkit.sell_matmul(x.reshape(-1, self.K), bias, *self._fields())
-        return y.view(*x.shape[:-1], self.N)
-
-    def dense(self) -> torch.Tensor:
-        return torch.ops.dlpkit.sell_dense(*self._fields()) if self._kernels() else unpack_ref(self)
-
-    def _kernels(self) -> bool:
-        return use_triton(self.values) and self.values.element_size() == 2
-
     def _fields(self) -> tuple:
         tensors = self.values, self.gaps, self.bases, self.order, self.pairs, self.steps
         return *tensors, self.N, self.K, self.rows, self.segments
+
+    def _decoded(self) -> torch.Tensor:
+        return unpack_ref(self)
 
 
 def pack(weight: torch.Tensor, rows: int = 0, segments: int = 0, slack: float | None = None) -> Sell:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dlpkit.kernels.formats._operator import ByOperator
 from dlpkit.kernels.runtime import HAS_TRITON, use_triton
 from dlpkit.kernels.storage import BITS, check_matrix
 
@@ -39,7 +40,7 @@ CHUNK = 2**22  # weights packed, or counted, at a time
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(ByOperator):
     values: torch.Tensor  # [starts[-1] * 128 * 8], dtype of the weight
     gaps: torch.Tensor  # [starts[-1] * 128] int32
     extras: torch.Tensor  # [extra_starts[-1]], dtype of the weight
@@ -50,32 +51,12 @@ class Tile:
     N: int
     K: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.N, self.K
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in self._fields()[:7])
-
-    def matmul(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if x.dtype != self.values.dtype or x.shape[-1:] != (self.K,):
-            want = f"x [..., {self.K}] of {self.values.dtype}"
-            raise ValueError(f"tile.matmul wants {want}, got {tuple(x.shape)} of {x.dtype}")
-        if not self._kernels():
-            return torch.nn.functional.linear(x, unpack_ref(self), bias)
-        y = torch.ops.dlpkit.tile_matmul(x.reshape(-1, self.K), bias, *self._fields())
-        return y.view(*x.shape[:-1], self.N)
-
-    def dense(self) -> torch.Tensor:
-        return torch.ops.dlpkit.tile_dense(*self._fields()) if self._kernels() else unpack_ref(self)
-
-    def _kernels(self) -> bool:
-        return use_triton(self.values) and self.values.element_size() == 2
-
     def _fields(self) -> tuple:
         tensors = self.values, self.gaps, self.extras, self.places, self.starts, self.extra_starts, self.arrived
         return *tensors, self.N, self.K
+
+    def _decoded(self) -> torch.Tensor:
+        return unpack_ref(self)
 
 
 def pack(weight: torch.Tensor) -> Tile:
