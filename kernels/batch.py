@@ -50,8 +50,8 @@ ROWS = gl.constexpr(128)  # of a tile
 SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 STAGES = gl.constexpr(3)  # pieces of x in shared memory
 # by rows of x: registers of a thread that scatters, those that multiply have the rest; chunks of 64 columns in a piece; units that adding
-# the parts of a tile counts for. Chosen on an H100, 14336 x 4096, as LATER is for 4096 and 1024 x 4096
-REGISTERS = {16: 88, 32: 88, 64: 80, 128: 80}
+# the parts of a tile counts for. Chosen on an H100 by what benchmarks/tune_batch.py measured
+REGISTERS = {16: 88, 32: 88, 64: 88, 128: 80}
 CHUNKS = {16: 4, 32: 4, 64: 4, 128: 2}
 JOIN = {16: 1, 32: 1, 64: 1, 128: 6}
 DEPTHS, LONG = (6, 8), 7  # steps that a ring holds, the more where blocks have more on average
