@@ -187,6 +187,7 @@ def test_packing_and_checking_stay_near_one_dense_weight():
         lambda: storage.validate(stored),
         lambda: formats.get("sell").pack(weight),
     ):
+        call()  # the first matmul of a process takes cuBLAS's workspace, 32 MiB
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
