@@ -1,8 +1,8 @@
 """A dense weight to blocks of 64 rows and 256 columns and back on the GPU: see formats/tile.py for the layout.
 
-A run, a row of a block, is walked in the order of its positions c, column (c % 32) * 8 + c // 32, from both ends. How many slots a weight
-takes from either side follows from the weights before and after it: scans along the run give every weight its lane and slot at
-once. The first pass counts the weights by the steps they need and picks the steps of each block, the second writes. Values travel as
+A run is walked through the columns c of a block from both ends; in column c, run r has the weight of row r ^ (c % 8 * 8). How many slots
+a weight takes from either side follows from the weights before and after it: scans along the run give every weight its lane and
+slot at once. The first pass counts the weights by the steps they need and picks the steps of each block, the second writes. Values travel as
 integers of their width.
 """
 
@@ -27,21 +27,22 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _load(w_ptr, row, block, c, N, K, B):
-    """The weights at positions c [1, 256] of rows [RUNS, 1]; zero where there is none."""
-    column = block % B * 256 + c % 32 * 8 + c // 32
+def _load(w_ptr, run, block, c, N, K, B):
+    """The weights of runs [RUNS, 1] in columns c [1, 256]; zero where there is none."""
+    row = block // B * 64 + (run ^ (c & 7) * 8)
+    column = block % B * 256 + c
     there = (row < N) & (column < K) & (c >= 0) & (c < 256)
     return tl.load(w_ptr + row.to(tl.int64) * K + column, mask=there, other=0)
 
 
 @triton.jit
-def _slots(w_ptr, row, block, c, N, K, B):
+def _slots(w_ptr, run, block, c, N, K, B):
     """Of each weight: itself, whether it goes up, the distance to it and the slots that takes, and the slots of its lane up to it."""
-    w = _load(w_ptr, row, block, c, N, K, B)
+    w = _load(w_ptr, run, block, c, N, K, B)
     keep = w != 0
-    before = tl.associative_scan(tl.where(_load(w_ptr, row, block, c - 1, N, K, B) != 0, c - 1, 0), 1, _larger)
+    before = tl.associative_scan(tl.where(_load(w_ptr, run, block, c - 1, N, K, B) != 0, c - 1, 0), 1, _larger)
     after = tl.associative_scan(
-        tl.where(_load(w_ptr, row, block, c + 1, N, K, B) != 0, c + 1, 255), 1, _smaller, reverse=True
+        tl.where(_load(w_ptr, run, block, c + 1, N, K, B) != 0, c + 1, 255), 1, _smaller, reverse=True
     )
     up = c - before
     down = after - c
@@ -58,8 +59,8 @@ def _needs(w_ptr, block, c, N, K, B, RUNS: tl.constexpr):
     """[MOST] weights of a block by the steps that they need."""
     needs = tl.zeros([MOST], tl.int32)
     for start in range(0, 64, RUNS):
-        row = block // B * 64 + start + tl.arange(0, RUNS)[:, None]
-        w, _, _, _, nth = _slots(w_ptr, row, block, c, N, K, B)
+        run = start + tl.arange(0, RUNS)[:, None]
+        w, _, _, _, nth = _slots(w_ptr, run, block, c, N, K, B)
         needs += tl.histogram(tl.reshape(tl.where(w != 0, (nth + 7) // 8, 0), (RUNS * 256,)), MOST)
     return tl.where(tl.arange(0, MOST) == 0, 0, needs)
 
@@ -97,14 +98,14 @@ def _fill_kernel(
     extras = tl.load(extra_starts_ptr + block)
     c = tl.arange(0, 256)[None, :]
     for start in range(0, 64, RUNS):
-        row = start + tl.arange(0, RUNS)[:, None]
-        w, upward, distance, count, nth = _slots(w_ptr, block // B * 64 + row, block, c, N, K, B)
+        run = start + tl.arange(0, RUNS)[:, None]
+        w, upward, distance, count, nth = _slots(w_ptr, run, block, c, N, K, B)
         fits = (w != 0) & (nth <= slots)
         # padding comes first, so that the last slot of a lane is the last weight that fits
         longest_up = tl.max(tl.where(fits & upward, nth, 0), 1)[:, None]
         longest_down = tl.max(tl.where(fits & (upward == 0), nth, 0), 1)[:, None]
         slot = slots - tl.where(upward, longest_up, longest_down) + nth - 1
-        lane = tl.where(upward, 0, 64) + row % 2 * 32 + row // 2
+        lane = tl.where(upward, 0, 64) + run % 2 * 32 + run // 2
         at = (first + slot // 8).to(tl.int64) * 128 + lane
         tl.store(values_ptr + at * 8 + slot % 8, w, mask=fits)
         gap = distance - FAR * (count - 1)
@@ -115,12 +116,17 @@ def _fill_kernel(
             far = tl.full(slot.shape, FAR, tl.int32) << (slot % 4 * 8 + slot % 8 // 4 * 4)
             tl.atomic_add(gaps_ptr + at, far, mask=fits & (filler < count))
         extra = ((w != 0) & (nth > slots)).to(tl.int32)
-        of_row = tl.sum(extra, 1)[:, None]
-        to = extras + tl.cumsum(of_row, 0) - of_row + tl.cumsum(extra, 1) - 1
-        place = (c % 32 * 8 + c // 32) * 64 + ((row // 8) ^ (c // 32)) * 8 + row % 8
-        tl.store(places_ptr + to, place.to(tl.int16), mask=extra != 0)
+        of_run = tl.sum(extra, 1)[:, None]
+        to = extras + tl.cumsum(of_run, 0) - of_run + tl.cumsum(extra, 1) - 1
+        tl.store(places_ptr + to, (c * 64 + run).to(tl.int16), mask=extra != 0)
         tl.store(extras_ptr + to, w, mask=extra != 0)
-        extras += tl.sum(of_row)
+        extras += tl.sum(of_run)
+
+
+@triton.jit
+def _store(out_ptr, value, run, block, c, K, B, there):
+    row = (block // B * 64 + (run ^ (c & 7) * 8)).to(tl.int64)
+    tl.store(out_ptr + row * K + block % B * 256 + c, value, mask=there)
 
 
 @triton.jit
@@ -131,7 +137,7 @@ def _dense_kernel(
     block = tl.program_id(0)
     part = tl.program_id(1)
     lane = part * 16 + tl.arange(0, 16)[:, None]
-    row = (block // B * 64 + lane % 32 * 2 + lane % 64 // 32).to(tl.int64)
+    run = lane % 32 * 2 + lane % 64 // 32
     slot = tl.arange(0, 8)[None, :]
     walked = tl.zeros([16, 1], tl.int32)
     for step in range(tl.load(starts_ptr + block), tl.load(starts_ptr + block + 1)):
@@ -141,14 +147,13 @@ def _dense_kernel(
         c = walked + tl.cumsum(gap, 1)
         walked += tl.sum(gap, 1)[:, None]
         c = tl.where(lane < 64, c, 255 - c)
-        tl.store(out_ptr + row * K + block % B * 256 + c % 32 * 8 + c // 32, value, mask=value != 0)
+        _store(out_ptr, value, run, block, c, K, B, value != 0)
     last = tl.load(extra_starts_ptr + block + 1)
     for start in range(tl.load(extra_starts_ptr + block) + part * 128, last, 8 * 128):
         extra = start + tl.arange(0, 128)
         place = tl.load(places_ptr + extra, mask=extra < last, other=-1).to(tl.int32)
         value = tl.load(extras_ptr + extra, mask=extra < last, other=0)
-        row_of = (block // B * 64 + (place // 8 % 8 ^ (place // 64 % 8)) * 8 + place % 8).to(tl.int64)
-        tl.store(out_ptr + row_of * K + block % B * 256 + place // 64, value, mask=place >= 0)
+        _store(out_ptr, value, place % 64, block, place // 64, K, B, place >= 0)
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

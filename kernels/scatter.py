@@ -2,18 +2,12 @@
 
 A thread walks one lane. It reads 16 bytes of values and one word of gaps per step, as many steps ahead as its ring holds, on into the
 next block, and stores every value at its place of a tile [256 columns][64 rows]: one 128-byte line to a column, with the swizzle of 128
-bytes that wgmma reads, 16-byte chunk i of line l at i ^ (l % 8). The 32 rows of a warp lie in 32 different banks of a line, and as all of
-them stand at about the same position their lines mostly agree in l % 8. While some are past a multiple of 32 positions and others are
-not, a store meets some bank twice: 1.8 cycles to a store on average at 50 %, 1.9 at 70 %, see tests/test_scatter.py.
+bytes that wgmma reads, 16-byte chunk i of line l at i ^ (l % 8). A lane stays in one place of all lines and so in one bank, and the 32 of
+a warp have one each: however far they have come, no store waits for another.
 
-Positions are bytes, four to a word. One product by 0x01010101 sums the distances of four slots, and for position c = p * 32 + q, line 8 q + p,
-seven more instructions make the two bytes of all four addresses:
-
-    high    h q q q q q p2 p1     bits 15 to 8; h is 1 in the first of two tiles
-    low     p0, chunk ^ p, row % 8, 0     bits 7, 6 to 4, 3 to 1
-
-With h as the sign, addresses count from the end of the first tile. Triton does not see these stores: every barrier around them is
-explicit, and the tiles must be the first shared allocation, which they are because they are the largest.
+Positions are lines, in bytes, four to a word. One product by 0x01010101 sums the distances of four slots, and a dot product takes each
+of the four to its address. Triton does not see these stores: every barrier around them is explicit, and the tiles must be the first
+shared allocation, which they are because they are the largest.
 """
 
 from triton.experimental import gluon
@@ -26,19 +20,15 @@ COLUMNS = gl.constexpr(256)  # of a block
 def _step_ptx() -> str:
     """Eight values and their gaps to eight stores; $1 is the position before them, $0 that after them, four times."""
     lines = [
-        ".reg .b32 c, e, s, t, u, high, low, at; .reg .b16 v<8>;",
+        ".reg .b32 c, e, at; .reg .b16 v<8>;",
         "mov.b32 {v0, v1}, $2; mov.b32 {v2, v3}, $3; mov.b32 {v4, v5}, $4; mov.b32 {v6, v7}, $5; mov.b32 c, $1;",
     ]
     for half in range(2):
         lines += [
             f"shr.u32 e, $6, {4 * half}; and.b32 e, e, 0x0f0f0f0f; mad.lo.u32 c, e, $7, c;",
-            "shl.b32 t, c, 2; shr.u32 s, c, 6; shr.u32 u, c, 1;",
-            "and.b32 s, s, 0x03030303; xor.b32 s, s, $9; and.b32 high, t, 0x7c7c7c7c; or.b32 high, high, s;",
-            "and.b32 u, u, 0x70707070; xor.b32 u, u, $8; and.b32 low, t, 0x80808080; xor.b32 low, low, u;",
         ]
         for j in range(4):
-            bytes = j | (4 + j) << 4 | (12 + j) << 8 | (12 + j) << 12  # low, high, twice the sign of high
-            lines.append(f"prmt.b32 at, low, high, {bytes}; add.u32 at, at, $10; st.shared.b16 [at], v{4 * half + j};")
+            lines.append(f"dp4a.u32.u32 at, c, {128 << 8 * j}, $8; st.shared.b16 [at], v{4 * half + j};")
         lines.append("prmt.b32 c, c, c, 0x3333;")
     return "{" + "\n".join([*lines, "mov.b32 $0, c;"]) + "}"
 
@@ -98,20 +88,19 @@ def opaque(value):
 def walker(thread, TILE: gl.constexpr):
     """Of each thread: its lane, which 64 rows of tile number TILE it serves, and what its stores need.
 
-    That is the position from which it starts, 1 or -1, the low and the high byte of its row, all four times in a word; the address
-    from which those count, the first that the thread clears, and that of its 64 rows.
+    That is the position from which it starts and 1 or -1, both four times in a word; the addresses of its place in line 0, of what it
+    clears first, and of its 64 rows.
     """
     lane = thread % 128
     half = thread // 128
-    row = lane % 32 * 2 + lane % 64 // 32
+    place = lane % 32 * 2 + lane % 64 // 32
     up = lane < 64
     tiles = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
     tiles += TILE * 65536
-    low = ((row // 8 * 16) | (row % 8 * 2)) * 0x01010101
-    high = gl.where(half == 0, -0x7F7F7F80, 0)
     begin = gl.where(up, 0, -1)
     direction = gl.where(up, 0x01010101, -0x01010101)
-    return lane, half, (begin, direction, low, high, tiles + 32768, tiles + thread * 16, tiles + half * 32768)
+    rows = tiles + half * 32768
+    return lane, half, (begin, direction, rows + place * 2, tiles + thread * 16, rows)
 
 
 @gluon.jit
@@ -145,7 +134,7 @@ def read_extras(extras_ptr, places_ptr, extra, more, lane):
 @gluon.jit
 def _put(extras, me):
     gl.inline_asm_elementwise(
-        PUT, "=r,r,r,r,r,r", [extras[0], extras[1], extras[2], extras[3], me[6]], dtype=gl.int32, is_pure=False, pack=1
+        PUT, "=r,r,r,r,r,r", [extras[0], extras[1], extras[2], extras[3], me[4]], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
@@ -153,7 +142,7 @@ def _put(extras, me):
 def clear(me, PART: gl.constexpr, NUM_WARPS: gl.constexpr):
     """Clear the first (0) or the last (1) 128 columns of the tile, all threads together."""
     PTX: gl.constexpr = ZERO4 if NUM_WARPS == 4 else ZERO8
-    gl.inline_asm_elementwise(PTX, "=r,r", [me[5] + PART * 16384], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(PTX, "=r,r", [me[3] + PART * 16384], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -196,7 +185,7 @@ def _read(slots, weight, at, there):
 @gluon.jit
 def _step(c, slots, me):
     return gl.inline_asm_elementwise(
-        STEP, "=&r,r,r,r,r,r,r,r,r,r,r", (c,) + slots + me[1:5], dtype=gl.int32, is_pure=False, pack=1
+        STEP, "=&r,r,r,r,r,r,r,r,r", (c,) + slots + me[1:3], dtype=gl.int32, is_pure=False, pack=1
     )
 
 

@@ -170,6 +170,7 @@ OPERATIONS = {
     "add.u32": operator.add,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "mad.wide.u16": lambda a, b, c: a * b + c,
+    "dp4a.u32.u32": lambda a, b, c: sum((a >> 8 * i & 0xFF) * (b >> 8 * i & 0xFF) for i in range(4)) + c,
     "setp.ge.s16": lambda a, b: a.astype(np.int16) >= b.astype(np.int16),
 }
 
@@ -216,18 +217,11 @@ def run(ptx: str, operands: list, memory: np.ndarray, stored: list | None = None
     return names["$0"]
 
 
-def times_a_bank(at: np.ndarray) -> int:
-    """How many words of one of the 32 banks a warp's store has to reach: its cycles."""
-    words = np.unique(at // 4)
-    return np.bincount(words % 32).max()
-
-
-@pytest.mark.parametrize(("density", "want"), [(0.3, 1.9), (0.5, 1.8), (1.0, 1.0)])
-def test_how_often_a_store_meets_a_bank(density, want):
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+def test_no_store_of_a_warp_meets_a_bank_twice(density):
     stored = []
     rebuild(density, 0, stored)
-    cycles = [times_a_bank(warp) for at in stored for warp in at.reshape(4, 32)]
-    assert round(np.mean(cycles), 1) == want
+    assert all(len(set(warp // 4 % 32)) == 32 for at in stored for warp in at.reshape(4, 32))
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.5, 1.0])
@@ -245,16 +239,13 @@ def rebuild(density, half, stored=None):
     base, memory = 1024, np.zeros(2**17, np.uint8)
 
     lane = np.arange(128, dtype=np.uint32)  # what walker() gives them
-    row = lane % 32 * 2 + lane % 64 // 32
     up = lane < 64
     direction = np.where(up, 0x01010101, 2**32 - 0x01010101).astype(np.uint32)
-    low = ((row // 8 * 16) | (row % 8 * 2)) * np.uint32(0x01010101)
-    high = np.full(128, 0x80808080 if half == 0 else 0, np.uint32)
-    middle = np.full(128, base + 2**15, np.uint32)
+    place = np.uint32(base + half * 2**15) + (lane % 32 * 2 + lane % 64 // 32) * 2
     c = np.where(up, 0, 2**32 - 1).astype(np.uint32)
     assert density < 0.1 or packed.starts[-1] > 0
     for values, word in zip(bits[: packed.starts[-1]], gaps, strict=False):
-        c = run(scatter.STEP.value, [None, c, *values.T, word, direction, low, high, middle], memory, stored)
+        c = run(scatter.STEP.value, [None, c, *values.T, word, direction, place], memory, stored)
 
     extras, places = (
         t.view(torch.int16).numpy().view(np.uint32).reshape(-1, 2) for t in (packed.extras, packed.places)

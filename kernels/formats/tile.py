@@ -1,20 +1,20 @@
 """Blocks of 64 rows and 256 columns whose nonzeros scatter into a dense tile of shared memory. For batches on Hopper GPUs.
 
-A row's nonzeros in a block are ordered by phase, k % 8, then by k: position c = (k % 8) * 32 + k // 8. The first half of them is walked
-up from c = 0 and the rest down from c = 255, by two **lanes**, which halves the longest walk at no cost in bytes. A slot is a value and its
-distance from the slot before it, 0 to 15; a longer jump passes through filler slots (distance 15, value 0). Slots that hold no weight
-have all value bits zero; a stored weight never has, so -0.0 survives.
+A **run** is one place of all lines of that tile, a line to a column: wgmma wants line k swizzled, so run r has the weight of row
+r ^ (k % 8 * 8) in column k. The first half of its nonzeros is walked up from k = 0 and the rest down from k = 255, by two **lanes**, which
+halves the longest walk at no cost in bytes. A slot is a value and its distance from the slot before it, 0 to 15; a longer jump passes
+through filler slots (distance 15, value 0). Slots that hold no weight have all value bits zero; a stored weight never has, so -0.0
+survives.
 
 All 128 lanes of a block, and those of the other block of the same columns in 128 rows, take the same number of steps of 8 slots.
 Short lanes begin with padding (distance 0, value 0), whose zero the first weight at that place replaces; what does not fit long
-lanes, the weights in the middle of the run, are **extras**, each with its place. The steps are those that take the fewest bytes: a mask
-that keeps as many weights in every row of every block (`0.5@256`) has no padding and few extras, and any other mask fits.
+lanes, the weights in the middle of the run, are **extras**, each with its place. The steps are those that take the fewest bytes. As runs
+pass through all rows of a block, masks that keep as many weights in every row of it (`0.5@256`) take hardly fewer than others.
 
-    lane    end * 64 + row % 2 * 32 + row // 2: a warp is 32 rows of one parity, whose 16-bit elements lie in 32 different banks
+    lane    end * 64 + run % 2 * 32 + run // 2: the lanes of a warp, however far they have come, store to 32 different banks
     values  [block][step][lane][8], blocks row by row
     gaps    [block][step][lane] int32, slot j in the four bits from 8 * (j % 4) + 4 * (j // 4): one product sums four distances
-    extras  [block][extra], and as long, places: that in the tile, k * 64 + (row // 8 ^ k % 8) * 8 + row % 8; in fours, filled up with zeros
-            whose place is -1
+    extras  [block][extra], and as long, places: that in the tile, k * 64 + run; in fours, filled up with zeros whose place is -1
 
 20 bits per slot, 32 per extra. One product with a weight at a time: the programs of a launch count each other in `arrived`, so two
 streams must not multiply by the same Tile at once.
@@ -91,7 +91,7 @@ def pack_ref(weight: torch.Tensor) -> Tile:
 def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Some multiple of 128 rows, or the last -> values, gaps, extras, places, and steps and extras of each block."""
     device, integer = weight.device, BITS[weight.element_size()]
-    ordered = _to_runs(weight)  # [runs, COLUMNS] by position; a run is a row of a block
+    ordered = _to_runs(weight)  # [runs, COLUMNS]
     across = -(-weight.shape[1] // COLUMNS)
     total = len(ordered) // ROWS
     run, at = (ordered.view(integer) != 0).nonzero(as_tuple=True)
@@ -109,7 +109,7 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     upward = until <= since
     distance, count, nth = (torch.where(upward, a, b) for a, b in ((up, down), (slots_up, slots_down), (until, since)))
 
-    block, row = run // ROWS, run % ROWS
+    block, place = run // ROWS, run % ROWS
     pair = block // across // 2 * across + block % across
     needs = torch.bincount(pair * MOST + (nth + 7) // 8, minlength=-(-total // across // 2) * across * MOST).view(
         -1, MOST
@@ -123,15 +123,14 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     starts = steps.cumsum(0) - steps
 
     fits = nth <= 8 * steps[block]
-    place = (at % 32 * 8 + at // 32) * ROWS + ((row // 8) ^ (at // 32)) * 8 + row % 8
-    extras, places = ordered[run, at][~fits], place[~fits].to(torch.int16)
+    extras, places = ordered[run, at][~fits], (at * ROWS + place)[~fits].to(torch.int16)
     more = torch.bincount(block[~fits], minlength=total)
     extras, places = _in_fours(extras, 0, more), _in_fours(places, -1, more)
 
-    run, at, block, row, upward, distance, count, nth = (
-        t[fits] for t in (run, at, block, row, upward, distance, count, nth)
+    run, at, block, place, upward, distance, count, nth = (
+        t[fits] for t in (run, at, block, place, upward, distance, count, nth)
     )
-    lane = torch.where(upward, 0, ROWS) + row % 2 * 32 + row // 2
+    lane = torch.where(upward, 0, ROWS) + place % 2 * 32 + place // 2
     longest = torch.zeros(2 * len(ordered), dtype=torch.int64, device=device)
     side = 2 * run + upward
     longest.scatter_reduce_(0, side, nth, "amax")
@@ -177,10 +176,8 @@ def unpack_ref(packed: Tile) -> torch.Tensor:
     ordered[run.expand_as(at)[holds], at[holds]] = values[holds]
 
     place = packed.places.long()
-    k = place // ROWS
-    row = (place // 8 % 8 ^ k % 8) * 8 + place % 8
     block = torch.repeat_interleave(packed.extra_starts.diff().long())
-    run, at, extra = (t[place >= 0] for t in (block * ROWS + row, k % 8 * 32 + k // 8, packed.extras))
+    run, at, extra = (t[place >= 0] for t in (block * ROWS + place % ROWS, place // ROWS, packed.extras))
     ordered[run, at] = extra
     return _from_runs(ordered, N, K)
 
@@ -194,14 +191,21 @@ def _starts(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _to_runs(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K] -> [blocks * ROWS, COLUMNS] in the order in which rows are walked."""
+    """[N, K] -> [blocks * ROWS, COLUMNS], runs by columns."""
     N, K = weight.shape
     padded = torch.nn.functional.pad(weight, (0, -K % COLUMNS, 0, -N % ROWS))
-    return (
-        padded.view(-(-N // ROWS), ROWS, -(-K // COLUMNS), COLUMNS // 8, 8).permute(0, 2, 1, 4, 3).reshape(-1, COLUMNS)
-    )
+    blocks = padded.view(-(-N // ROWS), ROWS, -(-K // COLUMNS), COLUMNS).transpose(1, 2)
+    return _swizzled(blocks.reshape(-1, ROWS, COLUMNS)).view(-1, COLUMNS)
 
 
 def _from_runs(ordered: torch.Tensor, N: int, K: int) -> torch.Tensor:
-    runs = ordered.view(-(-N // ROWS), -(-K // COLUMNS), ROWS, 8, COLUMNS // 8).permute(0, 2, 1, 4, 3)
-    return runs.reshape(-(-N // ROWS) * ROWS, -(-K // COLUMNS) * COLUMNS)[:N, :K].contiguous()
+    down, across = -(-N // ROWS), -(-K // COLUMNS)
+    blocks = _swizzled(ordered.view(-1, ROWS, COLUMNS)).view(down, across, ROWS, COLUMNS)
+    return blocks.transpose(1, 2).reshape(down * ROWS, across * COLUMNS)[:N, :K].contiguous()
+
+
+def _swizzled(blocks: torch.Tensor) -> torch.Tensor:
+    """[blocks, ROWS, COLUMNS] with row i ^ (k % 8 * 8) in row i of column k, which is its own inverse."""
+    k = torch.arange(COLUMNS, device=blocks.device)
+    row = torch.arange(ROWS, device=blocks.device)[:, None] ^ (k % 8 * 8)
+    return blocks[:, row, k]
