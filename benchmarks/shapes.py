@@ -54,5 +54,5 @@ def density(pattern: str) -> float:
 
 
 def mask(pattern: str) -> str:
-    """What the dispatcher's table calls the mask of a pattern: unstructured, balanced or N:M."""
-    return pattern if ":" in pattern else "balanced" if "@" in pattern else "unstructured"
+    """What the dispatcher's table calls the mask of a pattern: unstructured or N:M."""
+    return pattern if ":" in pattern else "unstructured"

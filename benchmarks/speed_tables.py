@@ -43,7 +43,7 @@ def batches() -> str:
 
 def picks() -> str:
     """The dispatcher's choice by layer, pattern and rows of x, on what tune_paths.py measured; a section of its own, if there are rows."""
-    found = {(r["N"], r["K"], r["pattern"]): r for r in rows.read("paths-h100.jsonl")}
+    found = {(r["N"], r["K"], r["pattern"].partition("@")[0]): r for r in rows.read("paths-h100.jsonl")}
     if not found:
         return ""
     lines = []

@@ -16,7 +16,7 @@ EXPAND = "expand"  # to dense, followed by cuBLAS
 
 
 class Layer(NamedTuple):
-    """A class of layers that was measured. mask: unstructured, balanced (as many weights in every row of every 256 columns) or N:M."""
+    """A class of layers that was measured. mask: unstructured or N:M."""
 
     N: int
     K: int
@@ -63,7 +63,7 @@ def _nearest(format: str, N: int, K: int, kept: float, mask: str) -> tuple[Layer
 
     def far(layer: Layer) -> tuple[float, bool, float]:
         doublings = abs(math.log2(N / layer.N)) + abs(math.log2(K / layer.K))
-        return doublings, _kind(mask) != _kind(layer.mask), abs(kept - layer.kept)
+        return doublings, (":" in mask) != (":" in layer.mask), abs(kept - layer.kept)
 
     layer = min((Layer(*where) for _, *where in SPEED[format]), key=far)
     return layer, {kernel: speeds for (kernel, *where), speeds in SPEED[format].items() if Layer(*where) == layer}
@@ -73,7 +73,3 @@ def _takes(format: str, mask: str) -> bool:
     if format == "nm":
         return ":" in mask
     return format != "fragment" or mask == "2:4"
-
-
-def _kind(mask: str) -> str:
-    return "N:M" if ":" in mask else mask

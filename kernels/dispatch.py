@@ -11,7 +11,7 @@ import itertools
 import torch
 
 from dlpkit.kernels import algorithms, crossover, formats, storage
-from dlpkit.kernels.formats import Packed, nm, tile
+from dlpkit.kernels.formats import Packed, nm
 from dlpkit.kernels.runtime import GLUON, HAS_GLUON, HAS_TRITON, use_wgmma
 from dlpkit.kernels.tiles import SMALLEST
 
@@ -106,10 +106,8 @@ def _mask(weight: torch.Tensor, density: float) -> str:
     try:
         n, m = nm.infer(weight)
     except ValueError:
-        n, m = 1, 1
-    if n / m <= 1.02 * density:  # full groups: not unstructured by nature
-        return f"{n}:{m}"
-    return "balanced" if tile.is_balanced(weight) else "unstructured"
+        return "unstructured"
+    return f"{n}:{m}" if n / m <= 1.02 * density else "unstructured"  # full groups: not unstructured by nature
 
 
 def _rows(M: int) -> str:

@@ -42,7 +42,7 @@ FILES = {
 LINES = [
     "| 64 x 32 | cuBLAS | us | 12.0 | 14.0 |", "| 64 x 32 | tile | 0.5@256 | **1.20** | 0.40 |", "| 64 x 32 | sell | 0.5 | 0.70 |  |",
     "| 64 x 32 | sell | 0.5 wanda | 0.60 |  |",
-    "| 64 x 32 | 0.5@256 | sell **1.50** | tile **1.20** | dense |",
+    "| 64 x 32 | 0.5 | sell **1.50** | tile **1.20** | dense |",
     "| 64 x 32 | 2:4 | row | 10 us | 90 | 3 % | 1.2 |  |", "| median | 2 | 20.0 ms | 90 | 3 % | 1.2 | 0.0 |",
     "| small | wanda dlp 0.5 | 4 x 8 | GPU | 2 s in 3 passes | 3 s | 1.70 | 1.2 GB |",
 ]  # fmt: skip
@@ -54,7 +54,7 @@ def test_sections_whose_rows_are_there_appear(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "FOLDER", tmp_path)
     monkeypatch.setattr(speed_tables, "PICKED", (1, 8, 9))
     speeds = {"sell": {("walk", 64, 32, 0.5, "unstructured"): {1: 1.5, 8: 0.7}}}
-    speeds["tile"] = {("batch", 64, 32, 0.5, "balanced"): {8: 1.2}}
+    speeds["tile"] = {("batch", 64, 32, 0.5, "unstructured"): {8: 1.2}}
     monkeypatch.setattr(importlib.import_module("dlpkit.kernels.crossover"), "SPEED", speeds)
     sections = speed_tables.batches, speed_tables.picks, speed_tables.culling
     assert [make() for make in sections] == ["", "", ""]

@@ -12,8 +12,8 @@ never leaves the row. Slots that hold no weight have all value bits zero; a stor
     rows    [slice][row], the output row; rows are sorted by length so that a slice pads little; N where there is none
 
 20 bits per slot. Lengths are per slice in pairs of slots: `pairs[g]` pairs, and `steps[g]` steps, per lane lie before slice g.
-Why not one layout with the 64-row, 256-column blocks of the batch kernel: there every block pads to the longest of its 128 runs, much
-when a mask is not balanced per block; here a lane spans a stretch of the row and rows of like length share a slice.
+Why not one layout with the 64-row, 256-column blocks of the batch kernel: there all 128 lanes of a block take as many steps; here a lane
+spans a stretch of the row and rows of like length share a slice, which pads less.
 """
 
 import math

@@ -36,7 +36,7 @@ LANES = 2 * ROWS
 FAR = 15  # the largest distance between two slots
 STEP_BYTES, EXTRA_BYTES = 20 * LANES, 4  # with 16-bit values
 MOST = 32  # more steps than any block needs
-CHUNK = 2**22  # weights packed, or counted, at a time
+CHUNK = 2**22  # weights packed at a time
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,6 @@ def pack(weight: torch.Tensor) -> Tile:
     values, gaps, extras, *others = blocks.pack(weight.view(BITS[weight.element_size()]))
     values, extras = values.view(weight.dtype), extras.view(weight.dtype)
     return Tile(values, gaps, extras, *others, _arrived(weight), *weight.shape)
-
-
-def is_balanced(weight: torch.Tensor) -> bool:
-    """Whether [N, K] keeps as many weights in every row of every whole block."""
-    whole = weight[:, : weight.shape[1] // COLUMNS * COLUMNS]
-    if not whole.numel():
-        return False
-    parts = whole.split(max(1, CHUNK // whole.shape[1]))  # torch counts through 8 bytes for each
-    counts = torch.cat([(part != 0).unflatten(1, (-1, COLUMNS)).sum(2) for part in parts])
-    return bool(counts.min() == counts.max())
 
 
 def pack_ref(weight: torch.Tensor) -> Tile:
