@@ -27,10 +27,15 @@ def _smaller(a, b):
 
 
 @triton.jit
+def _where(run, block, c, B):
+    """Row and column of the weight that a run of a block has in its column c."""
+    return block // B * 64 + (run ^ (c & 7) * 8), block % B * 256 + c
+
+
+@triton.jit
 def _load(w_ptr, run, block, c, N, K, B):
     """The weights of runs [RUNS, 1] in columns c [1, 256]; zero where there is none."""
-    row = block // B * 64 + (run ^ (c & 7) * 8)
-    column = block % B * 256 + c
+    row, column = _where(run, block, c, B)
     there = (row < N) & (column < K) & (c >= 0) & (c < 256)
     return tl.load(w_ptr + row.to(tl.int64) * K + column, mask=there, other=0)
 
@@ -125,8 +130,8 @@ def _fill_kernel(
 
 @triton.jit
 def _store(out_ptr, value, run, block, c, K, B, there):
-    row = (block // B * 64 + (run ^ (c & 7) * 8)).to(tl.int64)
-    tl.store(out_ptr + row * K + block % B * 256 + c, value, mask=there)
+    row, column = _where(run, block, c, B)
+    tl.store(out_ptr + row.to(tl.int64) * K + column, value, mask=there)
 
 
 @triton.jit

@@ -99,7 +99,7 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     upward = until <= since
     distance, count, nth = (torch.where(upward, a, b) for a, b in ((up, down), (slots_up, slots_down), (until, since)))
 
-    block, place = run // ROWS, run % ROWS
+    block, within = run // ROWS, run % ROWS
     pair = block // across // 2 * across + block % across
     needs = torch.bincount(pair * MOST + (nth + 7) // 8, minlength=-(-total // across // 2) * across * MOST).view(
         -1, MOST
@@ -113,14 +113,14 @@ def _pack_rows(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     starts = steps.cumsum(0) - steps
 
     fits = nth <= 8 * steps[block]
-    extras, places = ordered[run, at][~fits], (at * ROWS + place)[~fits].to(torch.int16)
+    extras, places = ordered[run, at][~fits], (at * ROWS + within)[~fits].to(torch.int16)
     more = torch.bincount(block[~fits], minlength=total)
     extras, places = _in_fours(extras, 0, more), _in_fours(places, -1, more)
 
-    run, at, block, place, upward, distance, count, nth = (
-        t[fits] for t in (run, at, block, place, upward, distance, count, nth)
+    run, at, block, within, upward, distance, count, nth = (
+        t[fits] for t in (run, at, block, within, upward, distance, count, nth)
     )
-    lane = torch.where(upward, 0, ROWS) + place % 2 * 32 + place // 2
+    lane = torch.where(upward, 0, ROWS) + within % 2 * 32 + within // 2
     longest = torch.zeros(2 * len(ordered), dtype=torch.int64, device=device)
     side = 2 * run + upward
     longest.scatter_reduce_(0, side, nth, "amax")
