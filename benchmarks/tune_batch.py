@@ -7,24 +7,21 @@
 """
 
 import argparse
-import functools
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from bench_matmul import TOLERANCE, pinned, relative_error
+from bench_matmul import TOLERANCE, pinned
 from quality import environment
-from shapes import UNSTRUCTURED, density, sparse
-from timing import clock, copies, ring_length
-from tune_paths import TIMED_MS, dense_us
+from shapes import UNSTRUCTURED, sparse
+from timing import copies, ring_length
+from tune_paths import checked, sweep, timed
 
 from dlpkit.kernels import batch
 from dlpkit.kernels.formats import tile
 
-SHAPES = [(14336, 4096), (4096, 14336), (4096, 4096), (6144, 4096), (1024, 4096)]
 PATTERNS = [f"{sparsity}@256" for sparsity in UNSTRUCTURED]
 NEVER = 10**6
 CONSTANTS = {
@@ -56,20 +53,11 @@ def main() -> None:
 
 def measure(weight: torch.Tensor, ring: list[tile.Tile], pattern: str, M: int, only: list[str]) -> Iterator[dict]:
     """Rows of one layer and M rows of x: as the constants are, then with each changed by itself."""
-    N, K = weight.shape
-    xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]
-    want, baseline = (xs[0].float() @ weight.float().t()).double(), dense_us((N, K), M)
     for constant, value in settings(M, only):
-        with changed(M, constant, value), pinned("batch"):
-            error = relative_error(ring[0].matmul(xs[0]), want)
-            assert error < TOLERANCE, f"{constant} {value}: relative error {error}"
-            us, spread = clock([functools.partial(p.matmul, x) for p, x in zip(ring, xs, strict=True)], TIMED_MS)
-        yield {
-            "bench": "tune_batch", "kernel": "batch", "format": "tile", "constant": constant, "value": value, "N": N, "K": K, "M": M,
-            "dtype": "bfloat16", "pattern": pattern, "sparsity": round(1 - density(pattern), 4), "mask": "random", "error": round(error, 6),
-            "baseline": "cublas", "us": round(us, 2), "spread": round(spread, 3), "baseline_us": round(baseline, 2),
-            "speedup": round(baseline / us, 3), "gbps": round((ring[0].nbytes + xs[0].nbytes + 2 * M * N) / us / 1e3),
-        }  # fmt: skip
+        with changed(M, constant, value):
+            row = timed("batch", weight, ring, pattern, M)
+        assert row["error"] < TOLERANCE, f"{constant} {value}: relative error {row['error']}"
+        yield {"bench": "tune_batch", "constant": constant, "value": value} | row
 
 
 def warm(packed: tile.Tile, batches: list[int], only: list[str]) -> None:
@@ -114,18 +102,11 @@ def show(found: list[dict]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, help="JSON-lines file to append to")
-    parser.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split("x"))), default=SHAPES)
-    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser = sweep(__doc__)
+    parser.set_defaults(patterns=PATTERNS)
     parser.add_argument("--batches", nargs="+", type=int, choices=batch.REGISTERS, default=list(batch.REGISTERS))
     parser.add_argument("--only", nargs="+", choices=CONSTANTS, default=list(CONSTANTS))
-    parser.add_argument("--warm", action="store_true", help="only compile")
-    parser.add_argument("--commit", help="what to record where there is no git checkout")
-    args = parser.parse_args()
-    if not args.warm and not args.rows:
-        parser.error("--rows says which file to append to")
-    return args
+    return checked(parser)
 
 
 if __name__ == "__main__":

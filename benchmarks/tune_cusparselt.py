@@ -19,7 +19,7 @@ from bench_matmul import TOLERANCE, relative_error
 from quality import environment
 from shapes import sparse
 from timing import clock, copies, ring_length
-from tune_paths import TIMED_MS, dense_us
+from tune_paths import TIMED_MS, columns
 
 from dlpkit.kernels import vendor
 
@@ -50,9 +50,8 @@ def main() -> None:
 
 def measure(weight: torch.Tensor, ring: list[torch.Tensor], M: int) -> Iterator[dict]:
     """Rows of all algorithms for one layer and M rows of x."""
-    N, K = weight.shape
-    xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]
-    want, baseline = (xs[0].float() @ weight.float().t()).double(), dense_us((N, K), M)
+    xs = [torch.randn(M, weight.shape[1], device="cuda", dtype=weight.dtype) for _ in ring]
+    want = (xs[0].float() @ weight.float().t()).double()
     for algorithm in ALGORITHMS:
         calls = [functools.partial(vendor.product, x, w, None, algorithm) for x, w in zip(xs, ring, strict=True)]
         try:
@@ -64,12 +63,9 @@ def measure(weight: torch.Tensor, ring: list[torch.Tensor], M: int) -> Iterator[
             continue
         host_ms = statistics.median(host(call) for call in calls[:9])
         us, spread = clock(calls, TIMED_MS)
-        yield {
-            "bench": "cusparselt", "kernel": "cusparselt", "algorithm": algorithm, "N": N, "K": K, "M": M, "dtype": "bfloat16",
-            "pattern": "2:4", "sparsity": 0.5, "mask": "random", "error": round(error, 6), "baseline": "cublas", "us": round(us, 2),
-            "spread": round(spread, 3), "baseline_us": round(baseline, 2), "speedup": round(baseline / us, 3), "host_ms": round(host_ms, 3),
-            "gbps": round((ring[0].nbytes + xs[0].nbytes + 2 * M * N) / us / 1e3),
-        }  # fmt: skip
+        about = {"bench": "cusparselt", "kernel": "cusparselt", "format": "cusparselt", "algorithm": algorithm}
+        measured = columns(weight, "2:4", M, ring[0].nbytes, error, us, spread)
+        yield about | measured | {"host_ms": round(host_ms, 3)}
 
 
 def host(call: functools.partial) -> float:

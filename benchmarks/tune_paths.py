@@ -72,23 +72,33 @@ def main() -> None:
 
 def measure(shape: tuple[int, int], format: str, pattern: str, kernels: list[str]) -> Iterator[dict]:
     """Rows of those kernels of a format, on one layer."""
-    N, K = shape
     weight = sparse(shape, pattern)
     packed = formats.get(format).pack(weight)
     ring = copies(packed, ring_length(packed.nbytes))
     for kernel, rows in _asked(format, kernels):
         for M in rows:
-            xs = [torch.randn(M, K, device="cuda", dtype=weight.dtype) for _ in ring]
-            with pinned(kernel):
-                error = relative_error(packed.matmul(xs[0]), (xs[0].float() @ weight.float().t()).double())
-                us, spread = clock([functools.partial(p.matmul, x) for p, x in zip(ring, xs, strict=True)], TIMED_MS)
-            baseline = dense_us(shape, M)
-            yield {
-                "bench": "paths", "kernel": kernel, "format": format, "N": N, "K": K, "M": M, "dtype": "bfloat16", "pattern": pattern,
-                "sparsity": round(1 - density(pattern), 4), "mask": "random", "error": round(error, 6), "baseline": "cublas",
-                "us": round(us, 2), "spread": round(spread, 3), "baseline_us": round(baseline, 2), "speedup": round(baseline / us, 3),
-                "gbps": round((packed.nbytes + xs[0].nbytes + 2 * M * N) / us / 1e3),
-            }  # fmt: skip
+            yield {"bench": "paths"} | timed(kernel, weight, ring, pattern, M)
+
+
+def timed(kernel: str, weight: torch.Tensor, ring: list[formats.Packed], pattern: str, M: int) -> dict:
+    """The row of one kernel, for M rows of x by a ring of packed copies of a weight."""
+    xs = [torch.randn(M, weight.shape[1], device="cuda", dtype=weight.dtype) for _ in ring]
+    with pinned(kernel):
+        error = relative_error(ring[0].matmul(xs[0]), (xs[0].float() @ weight.float().t()).double())
+        us, spread = clock([functools.partial(p.matmul, x) for p, x in zip(ring, xs, strict=True)], TIMED_MS)
+    about = {"kernel": kernel, "format": formats.name(type(ring[0]))}
+    return about | columns(weight, pattern, M, ring[0].nbytes, error, us, spread)
+
+
+def columns(weight: torch.Tensor, pattern: str, M: int, nbytes: int, error: float, us: float, spread: float) -> dict:
+    """What a row says of a product of M rows of x by a weight that takes `nbytes`."""
+    N, K = weight.shape
+    baseline = dense_us((N, K), M)
+    return {
+        "N": N, "K": K, "M": M, "dtype": "bfloat16", "pattern": pattern, "sparsity": round(1 - density(pattern), 4), "mask": "random",
+        "error": round(error, 6), "baseline": "cublas", "us": round(us, 2), "spread": round(spread, 3), "baseline_us": round(baseline, 2),
+        "speedup": round(baseline / us, 3), "gbps": round((nbytes + 2 * M * (N + K)) / us / 1e3),
+    }  # fmt: skip
 
 
 def _asked(format: str, kernels: list[str]) -> list[tuple[str, list[int]]]:
@@ -157,16 +167,26 @@ def table(rows: list[dict]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sweep(__doc__)
     kernels = sorted({kernel for rows in KERNELS.values() for kernel in rows})
-    parser.add_argument("--rows", type=Path, help="JSON-lines file to append to, or to write the table from")
     parser.add_argument("--formats", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels)
+    parser.add_argument("--table", action="store_true", help="write the table from the rows, and measure nothing")
+    return checked(parser)
+
+
+def sweep(doc: str) -> argparse.ArgumentParser:
+    """What every sweep over layers takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, help="JSON-lines file to append to")
     parser.add_argument("--shapes", nargs="+", type=lambda text: tuple(map(int, text.split("x"))), default=SHAPES)
     parser.add_argument("--patterns", nargs="+")
-    parser.add_argument("--kernels", nargs="+", choices=kernels, default=kernels)
     parser.add_argument("--warm", action="store_true", help="only compile")
-    parser.add_argument("--table", action="store_true", help="write the table from the rows, and measure nothing")
     parser.add_argument("--commit", help="what to record where there is no git checkout")
+    return parser
+
+
+def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if not args.warm and not args.rows:
         parser.error("--rows says which file to append to")
