@@ -11,6 +11,7 @@ parts.py for how their sums come together.
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -275,16 +276,16 @@ def shares(tiles: int, B: int, M: int, sms: int) -> Shares:
     """The shares by which the program with the most units has the fewest, where others than whole tiles are worth what adding costs."""
     owned = triton.cdiv(tiles, sms)
     owners = triton.cdiv(tiles, owned)
-    best = owned * B, Shares("whole", owners, 0, owned, 0, 1)
+    ways = [(owned * B, Shares("whole", owners, 0, owned, 0, 1))]
     even = triton.cdiv(tiles * B, sms)
     if M == MOST or LATER * even < B:
-        later = Shares("later", 0, triton.cdiv(tiles * B, even), 1, B, even)
-        return min(best, (even + JOIN[M], later), key=lambda share: share[0])[1]
-    for lent in range(1, B) if owners < sms else ():
-        load = triton.cdiv(tiles * lent, sms - owners)
-        here = Shares("here", owners, triton.cdiv(tiles * lent, load), owned, lent, load)
-        best = min(best, (max(owned * (B - lent), load) + JOIN[M], here), key=lambda share: share[0])
-    return best[1]
+        ways.append((even + JOIN[M], Shares("later", 0, triton.cdiv(tiles * B, even), 1, B, even)))
+    elif owners < sms:
+        for lent in range(1, B):
+            load = triton.cdiv(tiles * lent, sms - owners)
+            here = Shares("here", owners, triton.cdiv(tiles * lent, load), owned, lent, load)
+            ways.append((max(owned * (B - lent), load) + JOIN[M], here))
+    return min(ways, key=operator.itemgetter(0))[1]  # the first of several
 
 
 def multiply(

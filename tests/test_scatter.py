@@ -59,7 +59,7 @@ def check_tiles_come_first(asm, size, known=()):
 def test_batch_compiles(dtype, M, bias, sum, depth):
     options = {"CHUNKS": batch.CHUNKS[M], "REGISTERS": batch.REGISTERS[M], "DEPTH": depth}
     asm = compiled(batch._batch_kernel, dtype, M=M, BIAS=bias, SUM=sum, EARLY=True, **options)
-    if not (M >= 64 and bias and sum == "whole"):  # which spills, so far
+    if not (bias and sum == "whole" and (M == 128 or (M, depth) == (64, 8))):  # which spill, so far
         assert "STL" not in asm["sass"]
     assert f"wgmma.mma_async.sync.aligned.m64n{M}k16.f32.{'bf16' if dtype == gl.bfloat16 else 'f16'}" in asm["ptx"]
     assert "setmaxnreg" in asm["ptx"]
@@ -217,7 +217,7 @@ def run(ptx: str, operands: list, memory: np.ndarray, stored: list | None = None
     return names["$0"]
 
 
-@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("density", [0.02, 0.3, 0.5, 1.0])
 def test_no_store_of_a_warp_meets_a_bank_twice(density):
     stored = []
     rebuild(density, 0, stored)
